@@ -1,0 +1,139 @@
+"""Our scene: loading it for either engine, name look-ups, and the PD layer written into its actuators.
+
+Input: `assets/mjx_scene.xml`. Every id and address is looked up by name with `mj_name2id` (through
+MuJoCo's named accessors); no index is written down anywhere.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import mujoco
+import numpy as np
+
+from envs import constants as c
+from errors import UserError
+
+SCENE_PATH = Path(__file__).parent.parent / "assets" / "mjx_scene.xml"
+
+# The pitch mesh's convex hull as a disc: top at z = 0.010 m, wider than the field. One contact per foot.
+_PITCH_RADIUS_M = 15.0
+_PITCH_HALF_HEIGHT_M = 0.5
+_PITCH_TOP_Z_M = 0.010
+_PITCH_PAIRS = ("left_foot_link", "right_foot_link", "ball")
+
+
+class Addresses(NamedTuple):
+    """Where things lie in `qpos` (q) and `qvel` (v): start indices of the free joints, slices of the legs."""
+
+    ball_q: slice  # 7: site position, quaternion wxyz
+    ball_v: slice  # 6: linear velocity of the site (world), angular velocity (ball frame)
+    root_q: slice  # 7: imu position, quaternion wxyz
+    root_v: slice  # 6: linear velocity (world), angular velocity (body frame)
+    joint_q: np.ndarray  # (12,) in the order of JOINT_NAMES
+    joint_v: np.ndarray  # (12,)
+
+
+def check_mujoco_version(version: str = mujoco.__version__) -> None:
+    """Raise unless mujoco is inside the window in which the official environments load.
+
+    Measured: 3.3.0 and 3.3.7 work, 3.2.6 and 3.4.0 upwards do not.
+    """
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) != (3, 3):
+        raise UserError(
+            f"mujoco {version} cannot load the official environments (only 3.3.x can): pip install mujoco==3.3.7 mujoco-mjx==3.3.7"
+        )
+
+
+def addresses(model: mujoco.MjModel, prefix: str = "", ball_joint: str = "ball") -> Addresses:
+    """Look up the addresses by joint name; `prefix` and `ball_joint` serve the official model."""
+
+    def free(name: str) -> tuple[slice, slice]:
+        joint = model.joint(name)
+        q, v = int(joint.qposadr[0]), int(joint.dofadr[0])
+        return slice(q, q + 7), slice(v, v + 6)
+
+    ball_q, ball_v = free(ball_joint)
+    root_q, root_v = free(f"{prefix}root")
+    joints = [model.joint(prefix + name) for name in c.JOINT_NAMES]
+    return Addresses(
+        ball_q,
+        ball_v,
+        root_q,
+        root_v,
+        np.array([int(j.qposadr[0]) for j in joints]),
+        np.array([int(j.dofadr[0]) for j in joints]),
+    )
+
+
+def official_addresses(model: mujoco.MjModel) -> Addresses:
+    """Addresses in an official compiled model."""
+    return addresses(model, prefix="robot_0:", ball_joint="env:ball")
+
+
+def sensor_slices(model: mujoco.MjModel) -> dict[str, slice]:
+    """Slice of `sensordata` for every sensor name."""
+    sensors = [model.sensor(i) for i in range(model.nsensor)]
+    return {s.name: slice(int(s.adr[0]), int(s.adr[0] + s.dim[0])) for s in sensors}
+
+
+def load_mjx_model() -> mujoco.MjModel:
+    """The scene as written, for MJX: motors replaced by the PD layer, solver settings for float32.
+
+    4 iterations and 6 line-search steps: measured equal to 100 and 50 in MJX (see docs/experiments.md).
+    """
+    check_mujoco_version()
+    model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+    model.opt.iterations, model.opt.ls_iterations = 4, 6
+    return write_pd_layer(model)
+
+
+def load_native_motor_model() -> mujoco.MjModel:
+    """The scene for native MuJoCo, with the pitch disc and the plain torque motors of the official model."""
+    check_mujoco_version()
+    spec = mujoco.MjSpec.from_file(str(SCENE_PATH))
+    spec.worldbody.add_geom(
+        name="pitch",
+        type=mujoco.mjtGeom.mjGEOM_CYLINDER,
+        size=[_PITCH_RADIUS_M, _PITCH_HALF_HEIGHT_M, 0.0],
+        pos=[0.0, 0.0, _PITCH_TOP_Z_M - _PITCH_HALF_HEIGHT_M],
+        contype=0,
+        conaffinity=0,
+        rgba=[0.0, 0.0, 0.0, 0.0],
+    )
+    for geom in _PITCH_PAIRS:
+        spec.add_pair(geomname1="pitch", geomname2=geom, condim=3, friction=[1.0, 1.0, 0.005, 0.0001, 0.0001])
+    return spec.compile()
+
+
+def load_native_model() -> mujoco.MjModel:
+    """The scene for the native engine: pitch disc, official solver settings, PD layer."""
+    return write_pd_layer(load_native_motor_model())
+
+
+def write_pd_layer(model: mujoco.MjModel) -> mujoco.MjModel:
+    """Turn the torque motors into the PD layer, in place: `ctrl` becomes the joint target in radians.
+
+    force = clip(kp (target - q) - kd qvel, +-limit), evaluated at the state before each physics step. That
+    is the explicit torque of `envs/pd.py`: under the Euler integrator MuJoCo treats only joint damping
+    implicitly, and here it is zero, so Euler equals the official implicitfast with motors, to the bit
+    (`tests/test_pd.py`). Under implicitfast a position actuator would be damped implicitly: 4.4 mm apart
+    after 1 s. Held targets then need one call for ten physics steps instead of ten calls.
+    """
+    if np.any(model.dof_damping):
+        raise ValueError("joint damping must be zero: the Euler integrator would treat it implicitly")
+    model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    for i, name in enumerate(c.JOINT_NAMES):
+        actuator = model.actuator(name).id
+        model.actuator_biastype[actuator] = mujoco.mjtBias.mjBIAS_AFFINE
+        set_pd_gains(model, actuator, c.KP_NM_PER_RAD[i], c.KD_NMS_PER_RAD[i])
+        model.actuator_forcelimited[actuator] = 1
+        model.actuator_forcerange[actuator] = (-c.TORQUE_LIMIT_NM[i], c.TORQUE_LIMIT_NM[i])
+        model.actuator_ctrllimited[actuator] = 0
+    return model
+
+
+def set_pd_gains(model: mujoco.MjModel, actuator: int, kp: float, kd: float) -> None:
+    """Set one PD actuator's gains in N m/rad and N m s/rad."""
+    model.actuator_gainprm[actuator, 0] = kp
+    model.actuator_biasprm[actuator, 1:3] = (-kp, -kd)

@@ -1,0 +1,1 @@
+"""The observation: one table, one body for JAX and NumPy, and the class that is submitted."""
