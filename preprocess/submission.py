@@ -23,8 +23,9 @@ class Preprocessor:
             return np.broadcast_to(value, (batch, width))
 
         x, y, z, w = get("robot_quat", 4).T
-        yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-        cos, sin = np.cos(yaw), np.sin(yaw)
+        cos, sin = (w - z) * (w + z) + (x - y) * (x + y), 2 * (w * z + x * y)
+        norm = np.maximum(np.sqrt(cos * cos + sin * sin), 1e-9)
+        cos, sin = cos / norm, sin / norm
 
         def heading(v):
             return np.stack([cos * v[:, 0] + sin * v[:, 1], cos * v[:, 1] - sin * v[:, 0], v[:, 2]], axis=-1)
@@ -39,7 +40,7 @@ class Preprocessor:
         goal_ball = attacked_and_own("goal_team_", "_rel_ball")
         keeper_pos = attacked_and_own("goalkeeper_team_", "_xpos_rel_robot")
         keeper_vel = attacked_and_own("goalkeeper_team_", "_velp_rel_robot")
-        robot_pos_w = np.array([-10.97, 0.0, 0.0]) - get("goal_team_0_rel_robot", 3)
+        robot_pos_w = -0.5 * (get("goal_team_0_rel_robot", 3) + get("goal_team_1_rel_robot", 3))
         defenders = get("defender_xpos", 9)
         parts = [
             obs[:, : 2 * joints],

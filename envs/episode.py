@@ -1,0 +1,63 @@
+"""One action of one lane, after the physics: rules, rewards, end of episode. Pure, for every engine."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from envs.tasks import TaskState, Tasks, View
+from rewards.dense import DenseWeights, Transition, approach_distance_m, dense_reward, dense_terms, shot_value
+
+
+class Outcome(NamedTuple):
+    """What one action brought."""
+
+    obs: jax.Array  # (87,) the true next observation, also where the episode ended
+    reward: jax.Array  # () dense
+    terminated: jax.Array  # () bool: no bootstrap
+    truncated: jax.Array  # () bool: time is up; bootstrap from `obs`
+    dense_terms: dict[str, jax.Array]  # raw
+    score: jax.Array  # () official score if the episode ended here
+    fallen: jax.Array  # () bool
+    success: jax.Array  # () bool
+    diverged: jax.Array  # () bool: NaN or infinity, counted and reset
+
+
+def advance(
+    tasks: Tasks, view: View, before: TaskState, action: jax.Array, weights: DenseWeights, max_actions: int
+) -> tuple[TaskState, Outcome]:
+    """The lane's next task state and outcome, from the view after its action."""
+    after = tasks.count_touch(view, before, action)
+    r = tasks.read(view)
+    events = tasks.events(view, after)
+    value, distance = shot_value(r, after), approach_distance_m(r, after)
+    raw = dense_terms(Transition(r, before, after, events, action, value, distance))
+    reward = dense_reward(raw, weights)
+    official = tasks.official_terms(r, after, events)
+    terminated = events.terminated
+    outcome = Outcome(
+        obs=tasks.observe(view, after),
+        reward=reward,
+        terminated=terminated,
+        truncated=(after.action_count >= max_actions) & ~terminated,
+        dense_terms=raw,
+        score=tasks.official_score(official, after.task),
+        fallen=events.fallen,
+        success=events.success,
+        diverged=events.diverged,
+    )
+    # A diverged lane is reset; nothing of its broken numbers may reach the learner.
+    bad = events.diverged
+
+    def heal(x):
+        return jnp.where(bad, jnp.zeros_like(x), x)
+
+    outcome = outcome._replace(
+        obs=heal(outcome.obs),
+        reward=jnp.where(bad, weights.fallen, outcome.reward),
+        score=heal(outcome.score),
+        dense_terms={name: heal(x) for name, x in raw.items()},
+    )
+    return after._replace(shot_value=heal(value), approach_distance_m=distance), outcome
+
+

@@ -1,0 +1,282 @@
+"""The official environments as the platform runs them: task one-hot in `info`, seeds, held PD control, score.
+
+An episode here is what `submit.py` proves through the platform's own SDK: every tenth physics step the
+policy acts on the current observation, its joint target is held, and the PD torque is computed from the
+observed joint state at every 500 Hz step. Nothing in this module imports JAX or PyTorch, so that worker
+processes stay small.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import sai_mujoco  # noqa: F401  registers the environments
+
+from envs import constants as c
+from envs import pd, scene
+from errors import UserError
+from preprocess.observation import observe
+from rewards.official import score_terms
+
+# (87,) float32 observation -> (12,) action in [-1, 1]; None stands for zero torque.
+Policy = Callable[[np.ndarray], np.ndarray] | None
+
+_JOINT_POS = slice(0, c.NUM_JOINTS)  # of the official observation, which begins like our own
+_JOINT_VEL = slice(c.NUM_JOINTS, 2 * c.NUM_JOINTS)
+_NOISE_STREAM = 1  # our own random stream of an episode seed: the environment itself draws from the bare seed
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One scored episode. Lengths are horizontal where a name does not say otherwise."""
+
+    task: str
+    seed: int
+    score: float
+    terms: dict[str, float]  # weighted; their sum is the score
+    steps: int  # physics steps
+    fell: bool
+    success: bool
+    touches: int  # robot-ball contacts, each from first touch to release, as `ball_hits` counts them
+    ball_speed_site_m_s: float  # at the end; what the score sees (the site turns with the ball)
+    ball_speed_centre_m_s: float  # at the end; what the ball really does
+    walked_m: float  # path of the imu, sampled at every action
+    ball_distance_min_m: float  # imu to ball centre, sampled at every action and at the end
+    imu_height_m: float  # at the end
+
+
+class Episode(NamedTuple):
+    """What to run: a task and the seed given to the environment's `reset`."""
+
+    task: str
+    seed: int
+
+
+class TaskIndex(gym.Wrapper):
+    """Adds the task one-hot (3,) float32 to `info`, on reset and step, like the platform's own wrapper."""
+
+    def __init__(self, env: gym.Env, task: str):
+        super().__init__(env)
+        self.task_index = np.eye(c.NUM_TASKS, dtype=np.float32)[c.TASKS.index(task)]
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        obs, info = self.env.reset(seed=seed, options=options)
+        info["task_index"] = self.task_index
+        return obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        info["task_index"] = self.task_index
+        return obs, reward, terminated, truncated, info
+
+
+def make(task: str) -> TaskIndex:
+    """The official environment of a task, in the three-task competition's setting.
+
+    Raises `UserError` for an unknown task or a mujoco that cannot load it.
+    """
+    if task not in c.TASKS:
+        raise UserError(f"unknown task '{task}': choose one of {', '.join(c.TASKS)}")
+    scene.check_mujoco_version()
+    return TaskIndex(gym.make(c.GYM_ID[task]), task)
+
+
+def match_seed(master: int, index: int) -> int:
+    """The platform's seed of an episode: its own function, imported here because `sai_rl` is slow to load."""
+    from sai_rl.benchmark.seed import get_match_seed
+
+    return get_match_seed(master, index)
+
+
+def start_noise_rad(seed: int, sd_rad: float) -> np.ndarray:
+    """Normal noise (12,) on the start's joint positions, a function of the episode's seed alone."""
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_NOISE_STREAM,)))
+    return rng.normal(0.0, sd_rad, c.NUM_JOINTS)
+
+
+def reset(env: TaskIndex, seed: int, noise_sd_rad: float = 0.0) -> tuple[np.ndarray, dict]:
+    """Reset with a seed, then move the joints by noise; velocities stay zero, as at every official start."""
+    obs, info = env.reset(seed=seed)
+    if noise_sd_rad == 0.0:
+        return obs, info
+    official = env.unwrapped
+    model, data = official.sim.model._model, official.sim.data._data
+    data.qpos[scene.official_addresses(model).joint_q] += start_noise_rad(seed, noise_sd_rad)
+    mujoco.mj_forward(model, data)
+    return official._get_obs(), official._get_info() | {"task_index": env.task_index}
+
+
+def hold_default_pose(obs: np.ndarray) -> np.ndarray:
+    """The action (12,) whose joint target is the default pose."""
+    return np.zeros(c.NUM_JOINTS)
+
+
+def reference_policy(name: str) -> Policy:
+    """A baseline by name: 'zero' torque, or 'hold' the default pose through the PD layer."""
+    policies: dict[str, Policy] = {"zero": None, "hold": hold_default_pose}
+    if name not in policies:
+        raise UserError(f"unknown reference policy '{name}': choose one of {', '.join(policies)}")
+    return policies[name]
+
+
+def run_episode(
+    env: TaskIndex,
+    task: str,
+    policy: Policy,
+    seed: int,
+    start_noise_rad: float = 0.0,
+    hold: int = c.PHYSICS_STEPS_PER_ACTION,
+) -> EpisodeResult:
+    """Play one episode to its end and score it as the platform does.
+
+    `policy` acts on every `hold`-th physics step. Raises `UserError` if it returns a wrong shape or a
+    number that is not finite.
+    """
+    obs, info = reset(env, seed, start_noise_rad)
+    official = env.unwrapped
+    model, data = official.sim.model._model, official.sim.data._data
+    imu_pos_w = data.site(official._root_site).xpos
+    ball_centre_w = data.geom("ball").xpos
+    ball_geom = model.geom("ball").id
+    is_robot_geom = np.zeros(model.ngeom, dtype=bool)
+    is_robot_geom[official.robot_geom_ids] = True
+
+    torque_nm = np.zeros(c.NUM_JOINTS)
+    steps, touches, touching, walked_m = 0, 0, False, 0.0
+    ball_distance_min_m = np.inf
+    last_imu_pos_w = imu_pos_w.copy()
+    terminated = truncated = False
+    while not (terminated or truncated):
+        joint_pos_rad, joint_vel_rad_s = obs[_JOINT_POS], obs[_JOINT_VEL]
+        if steps % hold == 0:
+            walked_m += _horizontal_distance_m(imu_pos_w, last_imu_pos_w)
+            last_imu_pos_w = imu_pos_w.copy()
+            ball_distance_min_m = min(ball_distance_min_m, _horizontal_distance_m(imu_pos_w, ball_centre_w))
+            if policy is not None:
+                # float32, as the submitted preprocessor returns it
+                action = policy(observe(joint_pos_rad, joint_vel_rad_s, info, np).astype(np.float32))
+                _check_action(action, task, seed, steps)
+                target_rad = pd.joint_target_rad(action)
+        if policy is not None:
+            torque_nm = pd.torque_nm(target_rad, joint_pos_rad, joint_vel_rad_s, np)
+        obs, _, terminated, truncated, info = env.step(torque_nm)
+        steps += 1
+        first, second = data.contact.geom[: data.ncon].T
+        was_touching = touching
+        touching = bool(
+            np.any((is_robot_geom[first] & (second == ball_geom)) | (is_robot_geom[second] & (first == ball_geom)))
+        )
+        touches += touching and not was_touching
+
+    # The platform asks once more after the environment's own call in `step`. That leaves `ball_hits` as it
+    # is: a touch counts on the change from "no contact" to "contact", and the contacts have not changed.
+    terms = score_terms(task, official.compute_reward())
+    return EpisodeResult(
+        task=task,
+        seed=seed,
+        score=sum(terms.values()),
+        terms=terms,
+        steps=steps,
+        fell=bool(official.robots[0].is_terminated()),
+        success=bool(info["success"]),
+        touches=touches,
+        ball_speed_site_m_s=float(np.linalg.norm(official.sim.data.get_site_xvelp("ball"))),
+        ball_speed_centre_m_s=float(np.linalg.norm(official.sim.data.get_geom_xvelp("ball"))),
+        walked_m=walked_m + _horizontal_distance_m(imu_pos_w, last_imu_pos_w),
+        ball_distance_min_m=min(ball_distance_min_m, _horizontal_distance_m(imu_pos_w, ball_centre_w)),
+        imu_height_m=float(imu_pos_w[2]),
+    )
+
+
+def _horizontal_distance_m(a_w: np.ndarray, b_w: np.ndarray) -> float:
+    return float(np.hypot(a_w[0] - b_w[0], a_w[1] - b_w[1]))
+
+
+def _check_action(action: np.ndarray, task: str, seed: int, steps: int) -> None:
+    where = f"in task '{task}', seed {seed}, physics step {steps}"
+    if np.shape(action) != (c.NUM_JOINTS,):
+        raise UserError(
+            f"the policy returned shape {np.shape(action)} instead of ({c.NUM_JOINTS},) {where}: "
+            "it is not a policy of this robot"
+        )
+    if not np.all(np.isfinite(action)):
+        raise UserError(
+            f"the policy returned NaN or infinity {where}: its training diverged, use an earlier checkpoint"
+        )
+
+
+def run_episodes(
+    policy: Policy,
+    episodes: list[Episode],
+    start_noise_rad: float = 0.0,
+    workers: int | None = None,
+    progress: Callable[[Iterator[EpisodeResult]], Iterator[EpisodeResult]] = iter,
+) -> list[EpisodeResult]:
+    """Play the episodes in worker processes and return their results in the given order.
+
+    Even one worker is a process of its own, with one BLAS thread: so no number depends on how many there
+    are. `policy` must be picklable. `progress` wraps the results as they arrive (for example `tqdm`).
+    """
+    workers = min(workers or os.cpu_count() or 1, len(episodes))
+    executor = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(policy, start_noise_rad),
+    )
+    try:
+        with executor:
+            with _lean_children():
+                results = executor.map(_run_in_worker, episodes)
+            return list(progress(results))
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker process died (often out of memory): try fewer than {workers} with --workers"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lean_children() -> Iterator[None]:
+    """Processes started inside get one BLAS thread, and do not import the caller's main module.
+
+    `spawn` would import it again in each of them, JAX included; nothing of it is needed there.
+    """
+    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    saved = {name: os.environ.get(name) for name in variables}
+    main_module = sys.modules["__main__"]
+    try:
+        os.environ.update(dict.fromkeys(variables, "1"))
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        yield
+    finally:
+        sys.modules["__main__"] = main_module
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_worker: dict = {}  # policy and start noise of this worker process
+
+
+def _start_worker(policy: Policy, start_noise_rad: float) -> None:
+    _worker.update(policy=policy, start_noise_rad=start_noise_rad)
+
+
+_env_of = functools.cache(make)  # one environment per task and process: making one takes a second
+
+
+def _run_in_worker(episode: Episode) -> EpisodeResult:
+    return run_episode(_env_of(episode.task), episode.task, _worker["policy"], episode.seed, _worker["start_noise_rad"])

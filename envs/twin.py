@@ -1,0 +1,769 @@
+"""The twin of the official environments: the same numbers, step by step, at the speed of the physics.
+
+    env = TwinEnv("goalie", num_lanes=64, num_threads=2)
+    obs, info = env.reset(seeds=range(64))
+    step = env.step_target(joint_target_rad)        # 50 Hz: ten physics steps, PD torque at each
+    step = env.step_torque(torque_nm)               # 500 Hz: exactly one `env.step` of the platform
+
+Nine tenths of an official step are Python around the physics. Here the official compiled model (taken from
+the installed package at run time, nothing of it is copied) is stepped by the same two MuJoCo calls, and
+everything around them is computed for all lanes at once. The arithmetic follows the official code operation
+by operation, so the numbers are equal to the bit, not merely close: a robot in contact doubles an error of
+1e-16 often enough in 5,000 steps to change a score (`tests/test_twin.py`, `benchmarks/twin_equality.py`).
+
+How it is done:
+
+* A lane is a row: time, qpos, qvel and the solver's warm start. Each thread owns one model and one `MjData`
+  through which all its lanes pass; so the working set stays in the cache (measured: 25,000 physics steps/s on
+  one core, against 17,000 with one `MjData` per lane), and memory does not grow with the lanes.
+* What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
+  Sensors have no part in the dynamics.
+* Positions, sensors and contacts are those of the state before the last integration, velocities those after
+  it, as in the official environments (one physics step of lag).
+* The PD torque is computed from the float32 joint state in the official observation, because that is what a
+  policy on the platform sees.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from copy import copy
+from typing import NamedTuple
+
+import mujoco
+import numpy as np
+from sai_mujoco.utils.v0.rotations import euler2quat
+
+from envs import constants as c
+from envs import official, pd, scene
+from envs.official import Episode, EpisodeResult, Policy
+from errors import UserError
+from preprocess.observation import observe
+from rewards.official import score_terms
+
+_SEED_LIMIT = 2**64  # the platform's match seeds are 64-bit
+_STATE_PARTS = (
+    mujoco.mjtState.mjSTATE_TIME,
+    mujoco.mjtState.mjSTATE_QPOS,
+    mujoco.mjtState.mjSTATE_QVEL,
+    mujoco.mjtState.mjSTATE_WARMSTART,
+)  # in the order in which MuJoCo stores them
+_STATE = int(sum(_STATE_PARTS))
+_EPISODES_PER_JOB = 25  # of one worker process: enough lanes to share the overhead, few enough for progress
+
+_ROBOT, _BALL = "robot_0:Trunk", "soccer_ball"  # official body names
+_DEFENDERS = tuple(f"defender_geom{i}" for i in range(c.NUM_DEFENDERS))
+_KEEPERS = tuple(f"goalkeeper_team_{team}" for team in (0, 1))
+_TARGET_SITE = {"obstacle": "goalarea_site", "target": "target0"}
+_BLOCKERS = {"goalie": ("goalkeeper_team_0_geom",), "obstacle": _DEFENDERS, "target": ()}
+
+
+class Step(NamedTuple):
+    """What one call brought, for B lanes. A lane that has ended repeats its last step, with reward 0."""
+
+    obs: np.ndarray  # (B, 45 | 54 | 39) float32, the official observation
+    info: dict[str, np.ndarray]  # every official key, each with a leading axis B, and `task_index` (B, 3)
+    reward_terms: dict[str, np.ndarray]  # each (B,), the official raw terms of the last physics step
+    reward: np.ndarray  # (B,) float64, official step rewards summed over the physics steps of this call
+    terminated: np.ndarray  # (B,) bool
+    truncated: np.ndarray  # (B,) bool
+
+
+class _Source(NamedTuple):
+    """What is taken from one official environment, once per task and process."""
+
+    env: official.TaskIndex  # draws the starts, through its own sampling methods
+    model: mujoco.MjModel  # the official compiled model with our sensors
+    start_qpos: np.ndarray  # (nq,) after an official reset
+    goal_pos_w: tuple[np.ndarray, np.ndarray]  # south (team 0) and north (team 1) goal sites
+
+
+def _add_sensors(spec: mujoco.MjSpec, task: str) -> None:
+    """Sensors for what the official code reads elsewhere in `MjData`; all names begin with `twin:`."""
+    sensor, obj = mujoco.mjtSensor, mujoco.mjtObj
+
+    def add(name: str, kind: mujoco.mjtSensor, objtype: mujoco.mjtObj, objname: str) -> mujoco.MjsSensor:
+        return spec.add_sensor(name=f"twin:{name}", type=kind, objtype=objtype, objname=objname)
+
+    def add_contact(name: str, objtype: mujoco.mjtObj, objname: str) -> None:
+        touching = add(name, sensor.mjSENS_CONTACT, objtype, objname)
+        touching.reftype, touching.refname = obj.mjOBJ_GEOM, "ball"
+        # what to report (found: the number of contacts), how to reduce them (not), how many to report
+        touching.intprm[:3] = (1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND), 0, 1)
+
+    add("imu_pos", sensor.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, "robot_0:imu")
+    add("ball_pos", sensor.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, "ball")
+    add("ball_centre", sensor.mjSENS_FRAMEPOS, obj.mjOBJ_GEOM, "ball")
+    add("ball_com", sensor.mjSENS_SUBTREECOM, obj.mjOBJ_BODY, _BALL)
+    for body in (_ROBOT, _BALL):
+        for axis in "XYZ":
+            kind = getattr(sensor, f"mjSENS_FRAME{axis}AXIS")
+            add(f"{body}_{axis}", kind, obj.mjOBJ_XBODY, body)
+    add_contact("touch", obj.mjOBJ_XBODY, _ROBOT)  # XBODY means the whole subtree
+    for geom in _BLOCKERS[task]:
+        add_contact(f"blocked_{geom}", obj.mjOBJ_GEOM, geom)
+    if task == "goalie":
+        for keeper in _KEEPERS:
+            add(f"{keeper}_pos", sensor.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, f"{keeper}_site")
+
+
+@functools.cache
+def _source(task: str) -> _Source:
+    """Load the official environment of a task and compile its model with our sensors (about a second)."""
+    env = official.make(task)
+    env.reset(seed=0)
+    base, spec = env.unwrapped, env.unwrapped.mjcf_model
+    data = base.sim.data._data
+    _add_sensors(spec, task)
+    model = spec.compile()
+    # The official reset writes these into its compiled model (team, friction, defenders, target).
+    for field in ("geom_pos", "geom_friction", "site_pos"):
+        getattr(model, field)[:] = getattr(base.sim.model._model, field)
+    goals = tuple(data.site(f"goal_post_{side}").xpos.copy() for side in ("south", "north"))
+    return _Source(env, model, data.qpos.copy(), goals)
+
+
+class _Worker:
+    """One thread's model and data. Steps one lane after another; lanes share nothing but the scratch space."""
+
+    def __init__(self, model: mujoco.MjModel, task: str):
+        self.model = model
+        self.data = mujoco.MjData(model)
+        self._views = _lane_views(model, task)
+
+    def load(self, lane_values: Iterable[np.ndarray], state: np.ndarray) -> None:
+        for view, value in zip(self._views, lane_values):
+            view[...] = value
+        mujoco.mj_setState(self.model, self.data, state, _STATE)
+
+    def advance(self, lane_values, state, ctrl, state_out, sensors_out) -> None:
+        """One physics step of each lane, by the calls of the official `step`; arrays have one row a lane."""
+        model, data, load = self.model, self.data, self.load
+        data_ctrl, data_sensors = data.ctrl, data.sensordata
+        step1, step2, get_state = mujoco.mj_step1, mujoco.mj_step2, mujoco.mj_getState
+        for values, row, row_ctrl, row_out, row_sensors in zip(lane_values, state, ctrl, state_out, sensors_out):
+            load(values, row)
+            step1(model, data)
+            data_ctrl[:] = row_ctrl
+            step2(model, data)
+            get_state(model, data, row_out, _STATE)
+            row_sensors[:] = data_sensors
+
+    def forward(self, lane_values, state: np.ndarray) -> np.ndarray:
+        """Sensors (nsensordata,) of one lane's state at rest, as after an official reset."""
+        self.load(lane_values, state)
+        self.data.ctrl[:] = 0.0
+        mujoco.mj_forward(self.model, self.data)
+        return self.data.sensordata.copy()
+
+
+def _lane_views(model: mujoco.MjModel, task: str) -> list[np.ndarray]:
+    """The parts of the model that the official reset draws anew, as views into it."""
+    views = [model.geom("field_base").friction]
+    if task == "obstacle":
+        views += [model.geom(name).pos for name in _DEFENDERS]
+    if task in _TARGET_SITE:
+        views.append(model.site(_TARGET_SITE[task]).pos)
+    return views
+
+
+class TwinEnv:
+    """B lanes of one official task. All methods raise `UserError` for bad input, naming the lane."""
+
+    def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
+        if task not in c.TASKS:
+            raise UserError(f"unknown task '{task}': choose one of {', '.join(c.TASKS)}")
+        if num_lanes < 1 or num_threads < 1:
+            raise UserError(f"lanes ({num_lanes}) and threads ({num_threads}) must be at least 1")
+        scene.check_mujoco_version()
+        self.task, self.num_lanes = task, num_lanes
+        self._source = _source(task)
+        model = self._source.model
+        self._workers = [_Worker(copy(model), task) for _ in range(num_threads)]
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._address_model(model)
+        self._constants()
+
+        self._state = np.zeros((num_lanes, mujoco.mj_stateSize(model, _STATE)))
+        self._sensors = np.zeros((num_lanes, model.nsensordata))
+        self._rng: list[np.random.Generator | None] = [None] * num_lanes
+        self._lane_values = [[view.copy() for view in _lane_views(model, task)] for _ in range(num_lanes)]
+        self._target_pos_w = np.zeros((num_lanes, 3))  # window centre or target
+        self._defender_pos_w = np.zeros((num_lanes, 3 * c.NUM_DEFENDERS))
+        self.steps = np.zeros(num_lanes, dtype=np.int64)  # physics steps played
+        self.touches = np.zeros(num_lanes, dtype=np.int64)  # robot-ball contacts, first touch to release
+        self._touching = np.zeros(num_lanes, dtype=bool)
+        self._terminated = np.ones(num_lanes, dtype=bool)  # until the first reset
+        self._truncated = np.zeros(num_lanes, dtype=bool)
+        self._reward_terms: dict[str, np.ndarray] = {}
+        self._was_reset = False
+
+    # --- set-up -------------------------------------------------------------------------------------
+
+    def _address_model(self, model: mujoco.MjModel) -> None:
+        sizes = [mujoco.mj_stateSize(model, int(part)) for part in _STATE_PARTS]
+        edges = list(itertools.accumulate(sizes, initial=0))
+        self._time, self._qpos, self._qvel, _ = (slice(a, b) for a, b in itertools.pairwise(edges))
+        where = scene.official_addresses(model)
+        self._joint_q = self._qpos.start + where.joint_q
+        self._joint_v = self._qvel.start + where.joint_v
+        self._ball_v, self._root_v = where.ball_v, where.root_v  # within qvel
+        self._ball_q, self._root_q = where.ball_q, where.root_q  # within qpos
+        keepers = [model.joint(f"{keeper}_joint") for keeper in _KEEPERS] if self.task == "goalie" else []
+        self._keeper_q = np.array([self._qpos.start + int(joint.qposadr[0]) for joint in keepers], dtype=int)
+        self._keeper_v = np.array([self._qvel.start + int(joint.dofadr[0]) for joint in keepers], dtype=int)
+        self._actuators = np.array([model.actuator(f"robot_0:{name}").id for name in c.JOINT_NAMES])
+        self._sensor = scene.sensor_slices(model)
+
+    def _constants(self) -> None:
+        base = self._source.env.unwrapped
+        parameters = base.parameters_dict["env_parameters"]
+        self._field, self._goal = parameters["field"], parameters["goal"]
+        self._reward_weights = base.reward_config
+        same = {
+            "length": self._field["length"],
+            "width": self._field["width"],
+            "goal_width": self._goal["width"],
+            "goal_height": self._goal["height"],
+            "goal_depth": self._goal["depth"],
+            "player_team": np.array([1, 0]),  # team 0
+            "task_index": self._source.env.task_index,
+        }
+        self._constant_info = {
+            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value)))
+            for key, value in same.items()
+        }  # read-only views
+        self.observation_space = base.observation_space  # of one lane
+        self.action_space = base.action_space  # torque in N m, of one lane
+        self._torque_low, self._torque_high = (
+            self._source.model.actuator_ctrlrange[self._actuators, side] for side in (0, 1)
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    # --- reset --------------------------------------------------------------------------------------
+
+    def reset(
+        self,
+        seeds: Sequence[int | None],
+        start_noise_rad: float = 0.0,
+        lanes: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Start new episodes in `lanes` (indices or mask; default all), one seed for each of them.
+
+        A seed gives the very start of the official environment; None continues the lane's random stream, as
+        an official `reset()` without a seed does. `start_noise_rad` is the standard deviation of the noise
+        on each joint, the same noise as in `envs/official.py`. Returns obs and info of all lanes.
+        """
+        chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
+        seeds = list(seeds)
+        if len(seeds) != len(chosen):
+            raise UserError(f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset")
+        if not (np.isfinite(start_noise_rad) and start_noise_rad >= 0.0):
+            raise UserError(f"start noise is {start_noise_rad}: give a standard deviation in rad, 0 or more")
+        seeds = [_checked_seed(seed, lane) for seed, lane in zip(seeds, chosen)]
+        if start_noise_rad > 0.0 and None in seeds:
+            raise UserError("start noise is a function of the seed: give every lane to reset a seed")
+        for lane, seed in zip(chosen, seeds):
+            self._reset_lane(lane, seed, start_noise_rad)
+        self.steps[chosen] = self.touches[chosen] = 0
+        self._touching[chosen] = self._terminated[chosen] = self._truncated[chosen] = False
+        self._was_reset = True
+        info = self._info()
+        return self._obs(info), info
+
+    def _reset_lane(self, lane: int, seed: int | None, start_noise_rad: float) -> None:
+        if seed is not None or self._rng[lane] is None:
+            self._rng[lane] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+        qpos, self._lane_values[lane] = self._draw_start(self._rng[lane])
+        if start_noise_rad > 0.0:
+            qpos[self._joint_q - self._qpos.start] += official.start_noise_rad(seed, start_noise_rad)
+        row = self._state[lane]
+        row[:] = 0.0
+        row[self._qpos] = qpos
+        worker = self._workers[0]
+        self._sensors[lane] = worker.forward(self._lane_values[lane], row)
+        if self.task in _TARGET_SITE:
+            self._target_pos_w[lane] = worker.data.site(_TARGET_SITE[self.task]).xpos
+        if self.task == "obstacle":
+            self._defender_pos_w[lane] = np.concatenate([worker.data.geom(name).xpos for name in _DEFENDERS])
+
+    def _draw_start(self, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Start qpos (nq,) and the values for `_lane_views`, drawn by the official methods in their order."""
+        base = self._source.env.unwrapped
+        base.np_random = rng
+        friction, _ = base.get_friction_rgba(base.textures)
+        qpos, values = self._source.start_qpos.copy(), [np.array(friction)]
+        if self.task == "obstacle":
+            *slots_y, window_z = base._sample_target()
+            *defenders_y, window_y = slots_y
+            values += [np.array([0.0, y, c.DEFENDER_GEOM_Z_M]) for y in defenders_y]
+            values.append(np.array([0.0, window_y, window_z]))
+        if self.task == "target":
+            robot_xy, yaw = base.sample_robot_pose()
+            ball_q, root_q = qpos[self._ball_q], qpos[self._root_q]
+            ball_q[:2] = base.sample_ball_position(robot_xy, yaw)
+            root_q[:2], root_q[3:] = robot_xy, euler2quat([0.0, 0.0, yaw])
+            base.sim.data.set_joint_qpos("robot_0:root", root_q)  # where `_sample_target` looks for the robot
+            values.append(base._sample_target())
+        return qpos, values
+
+    # --- step ---------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> np.ndarray:
+        """(B,) bool: lanes whose episode goes on."""
+        return ~(self._terminated | self._truncated)
+
+    def step_torque(self, torque_nm: np.ndarray) -> Step:
+        """One physics step (500 Hz) with joint torques (B, 12) in N m: one `env.step` of the platform."""
+        lanes, torque_nm = self._checked_action(torque_nm, "torque")
+        torque_nm = np.clip(torque_nm, self._torque_low, self._torque_high)
+        return self._step(lanes, lambda _, part: torque_nm[part], num_steps=1)
+
+    def step_target(self, joint_target_rad: np.ndarray, num_steps: int = c.PHYSICS_STEPS_PER_ACTION) -> Step:
+        """Hold joint targets (B, 12) in rad for `num_steps` physics steps, PD torque at each (50 Hz).
+
+        A lane stops at the physics step at which its episode ends.
+        """
+        lanes, target = self._checked_action(joint_target_rad, "joint target")
+
+        def torque_nm(state: np.ndarray, part: slice) -> np.ndarray:
+            joint_pos, joint_vel = (
+                state[:, where].astype(np.float32) for where in (self._joint_q, self._joint_v)
+            )
+            return pd.torque_nm(target[part], joint_pos, joint_vel, np)
+
+        return self._step(lanes, torque_nm, num_steps)
+
+    def _checked_action(self, action: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
+        """The lanes that go on and their actions (L, 12) in float64; an ended lane's action is ignored."""
+        if not self._was_reset:
+            raise UserError("the twin was not reset: call reset(seeds) before the first step")
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (self.num_lanes, c.NUM_JOINTS):
+            raise UserError(
+                f"{what} has shape {action.shape}, expected ({self.num_lanes}, {c.NUM_JOINTS}): "
+                "one row for each lane"
+            )
+        lanes = np.flatnonzero(self.alive)
+        action = action[lanes]
+        finite = np.isfinite(action).all(axis=1)
+        if not finite.all():
+            raise UserError(f"{what} of lane {lanes[~finite][0]} holds NaN or infinity: check the policy")
+        return lanes, action
+
+    def _step(self, lanes: np.ndarray, torque_of: Callable, num_steps: int) -> Step:
+        """Play `num_steps` physics steps in `lanes`; then find where each episode ended and take that step.
+
+        Lanes are stepped beyond their end and taken back: at most nine steps wasted in an episode, and no
+        rule to check between two physics steps.
+        """
+        reward = np.zeros(self.num_lanes)
+        if len(lanes):
+            states, sensors = self._simulate(lanes, torque_of, num_steps)
+            lane = np.arange(len(lanes))
+            nth = np.arange(num_steps)[:, None]
+            touching = sensors[..., self._sensor["twin:touch"].start] > 0.0
+            was_touching = np.concatenate([self._touching[lanes][None], touching[:-1]])
+            touches = self.touches[lanes] + np.cumsum(touching & ~was_touching, axis=0)
+            terms, terminated = self._rules(states, sensors, touches, self._target_pos_w[lanes])
+            truncated = self.steps[lanes] + nth + 1 >= c.EPISODE_PHYSICS_STEPS
+            ended = terminated | truncated
+            last = np.where(ended.any(axis=0), ended.argmax(axis=0), num_steps - 1)
+            reward[lanes] = np.where(nth <= last, self._total_reward(terms), 0.0).sum(axis=0)
+
+            self._state[lanes], self._sensors[lanes] = states[last, lane], sensors[last, lane]
+            self.steps[lanes] += last + 1
+            self.touches[lanes], self._touching[lanes] = touches[last, lane], touching[last, lane]
+            self._terminated[lanes], self._truncated[lanes] = terminated[last, lane], truncated[last, lane]
+            for name, values in terms.items():
+                kept = self._reward_terms.setdefault(name, np.zeros(self.num_lanes, dtype=values.dtype))
+                kept[lanes] = values[last, lane]
+        info = self._info()
+        return Step(
+            obs=self._obs(info),
+            info=info,
+            reward_terms={name: values.copy() for name, values in self._reward_terms.items()},
+            reward=reward,
+            terminated=self._terminated.copy(),
+            truncated=self._truncated.copy(),
+        )
+
+    def _simulate(
+        self, lanes: np.ndarray, torque_of: Callable, num_steps: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """States (num_steps, L, state) after and sensors (num_steps, L, nsensordata) of each physics step."""
+        states = np.empty((num_steps, len(lanes), self._state.shape[1]))
+        sensors = np.empty((num_steps, len(lanes), self._sensors.shape[1]))
+        start = self._state[lanes]
+        values = [self._lane_values[lane] for lane in lanes]
+
+        def play(worker: _Worker, part: slice) -> None:
+            state = start[part]
+            ctrl = np.zeros((len(state), worker.model.nu))
+            for s in range(num_steps):
+                ctrl[:, self._actuators] = torque_of(state, part)
+                self._move_keepers(state)
+                worker.advance(values[part], state, ctrl, states[s, part], sensors[s, part])
+                state = states[s, part].copy()
+
+        edges = np.linspace(0, len(lanes), min(len(self._workers), len(lanes)) + 1).astype(int)
+        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        if len(parts) == 1:
+            play(self._workers[0], parts[0])
+        else:
+            list(self._pool.map(play, self._workers, parts))
+        return states, sensors
+
+    def _move_keepers(self, state: np.ndarray) -> None:
+        """Set the keepers in rows of state, in place: a function of time, written before every step."""
+        if not len(self._keeper_q):
+            return
+        angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state[:, self._time]
+        state[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
+        state[:, self._keeper_v] = (
+            2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
+        )
+
+    # --- rules --------------------------------------------------------------------------------------
+
+    def _read(self, sensors: np.ndarray, name: str) -> np.ndarray:
+        return sensors[..., self._sensor[name]]
+
+    def _rules(
+        self, states: np.ndarray, sensors: np.ndarray, touches: np.ndarray, target_pos_w: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Raw reward terms and termination (..., L) of states (..., L, state), in the official key order."""
+        ball, imu = self._read(sensors, "twin:ball_pos"), self._read(sensors, "twin:imu_pos")
+        distance = _norm(imu - ball)
+        out = (np.abs(ball[..., 0]) > self._field["length"]) | (np.abs(ball[..., 1]) > self._field["width"])
+        fallen = ~(imu[..., 2] > c.FALL_HEIGHT_M)
+        not_a_number = np.isnan(states[..., self._qpos.start : self._qvel.stop]).any(axis=-1)
+        success = self._success(ball, target_pos_w)
+        if self.task == "target":
+            terms = {
+                "offside": out,
+                "success": success,
+                "distance": np.exp(-np.linalg.norm(ball - target_pos_w, axis=-1)),
+                "robot_distance_ball": 1 - np.tanh(distance),
+            }
+            return terms, not_a_number | out | success | fallen
+        blocked = np.any(
+            [self._read(sensors, f"twin:blocked_{geom}")[..., 0] > 0.0 for geom in _BLOCKERS[self.task]], axis=0
+        )
+        # float32 in the official code, until the first touch
+        nearness = np.where(touches > 0, np.float32(1.5), 1 - np.tanh(distance, dtype=np.float32))
+        terms = {
+            "robot_distance_ball": nearness,
+            "ball_vel_twd_goal": -states[..., self._qvel][..., self._ball_v.start],
+            "offside": out & ~success,
+            "ball_hits": np.log1p(np.maximum(0, touches - 1)),
+            "robot_fallen": fallen,
+            "goal_scored": success,
+            "ball_blocked": blocked,
+        }
+        if self.task == "obstacle":
+            terms["ball_distance_target"] = 1 - np.tanh(_norm(target_pos_w - ball))
+        return terms, not_a_number | (out & ~success) | success | blocked | fallen
+
+    def _success(self, ball: np.ndarray, target_pos_w: np.ndarray) -> np.ndarray:
+        """Goal, or ball at the target, for ball site positions (..., L, 3)."""
+        if self.task == "target":
+            return np.linalg.norm(ball - target_pos_w, axis=-1) < c.TARGET_RADIUS_M
+        if self.task == "obstacle":
+            return _norm(target_pos_w - ball) < c.WINDOW_RADIUS_M
+        x, y, z = self._source.goal_pos_w[0]
+        return (
+            (x - self._goal["depth"] <= ball[..., 0])
+            & (ball[..., 0] <= x)
+            & (y - self._goal["width"] <= ball[..., 1])
+            & (ball[..., 1] < y + self._goal["width"])
+            & (ball[..., 2] < z + self._goal["height"])
+        )
+
+    def _total_reward(self, terms: dict[str, np.ndarray]) -> np.ndarray:
+        """The official step reward: weighted terms summed in float32 (a term without a weight adds nothing)."""
+        weighted = [
+            (self._reward_weights[name] * values).astype(np.float64)
+            for name, values in terms.items()
+            if name in self._reward_weights
+        ]
+        return np.sum(np.stack(weighted, axis=-1), axis=-1, dtype=np.float32)
+
+    # --- observation --------------------------------------------------------------------------------
+
+    def _angular_velocity_w(self, body: str, dofs: slice) -> np.ndarray:
+        """World angular velocity (B, 3) of a free body: the official rotation Jacobian times qvel.
+
+        Written as that full product, because BLAS adds in an order of its own.
+        """
+        jacobian = np.zeros((self.num_lanes, 3, self._qvel.stop - self._qvel.start))
+        for i, axis in enumerate("XYZ"):
+            jacobian[:, :, dofs.start + 3 + i] = self._read(self._sensors, f"twin:{body}_{axis}")
+        return _times_qvel(jacobian, self._state[:, self._qvel])
+
+    def _info(self) -> dict[str, np.ndarray]:
+        """The official `info` of all lanes, with the official one-step lag, and `task_index`.
+
+        The linear velocity of the ball's and the imu's site is that of its free joint: the sites lie in
+        the bodies' origins, so the official Jacobian's lever arm is zero, exactly.
+        """
+        read = functools.partial(self._read, self._sensors)
+        qvel = self._state[:, self._qvel]
+        robot, ball = read("twin:imu_pos"), read("twin:ball_pos")
+        robot_vel = qvel[:, self._root_v][:, :3]
+        ball_vel = qvel[:, self._ball_v][:, :3]
+        south, north = self._source.goal_pos_w
+        info = dict(self._constant_info)
+        info |= {
+            "goal_team_0_rel_robot": south - robot,
+            "goal_team_1_rel_robot": north - robot,
+            "goal_team_0_rel_ball": south - ball,
+            "goal_team_1_rel_ball": north - ball,
+            "ball_xpos_rel_robot": ball - robot,
+            "ball_velp_rel_robot": ball_vel - robot_vel,
+            "ball_velr_rel_robot": self._angular_velocity_w(_BALL, self._ball_v)
+            - self._angular_velocity_w(_ROBOT, self._root_v),
+            "robot_accelerometer": read("robot_0:accelerometer").astype(np.float32),
+            "robot_gyro": read("robot_0:torso_gyro").astype(np.float32),
+            "robot_velocimeter": read("robot_0:torso_vel").astype(np.float32),
+            "robot_quat": np.roll(read("robot_0:torso_quat"), -1, axis=1).astype(np.float32),  # to x, y, z, w
+        }
+        for team, keeper in enumerate(_KEEPERS):
+            pos_rel, vel_rel = np.zeros_like(robot), np.zeros_like(robot)  # there is no keeper: zeros
+            if self.task == "goalie":
+                pos_rel = read(f"twin:{keeper}_pos") - robot
+                vel_rel = -robot_vel
+                vel_rel[:, 1] += self._state[:, self._keeper_v[team]]  # the keeper slides along y
+            info[f"goalkeeper_team_{team}_xpos_rel_robot"] = pos_rel
+            info[f"goalkeeper_team_{team}_velp_rel_robot"] = vel_rel
+        has_target = self.task in _TARGET_SITE
+        info["target_xpos_rel_robot"] = self._target_pos_w - robot if has_target else np.zeros_like(robot)
+        info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
+        has_defenders = self.task == "obstacle"
+        info["defender_xpos"] = (
+            self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
+        )
+        info["success"] = self._success(ball, self._target_pos_w)
+        return info
+
+    def _obs(self, info: dict[str, np.ndarray]) -> np.ndarray:
+        """The official observation of all lanes: joint positions, joint velocities, and parts of `info`."""
+        target = [info["target_xpos_rel_robot"], info["target_velp_rel_robot"]]
+        goal = [info["goal_team_0_rel_robot"], info["goal_team_0_rel_ball"]]
+        keeper = [info["goalkeeper_team_0_xpos_rel_robot"], info["goalkeeper_team_0_velp_rel_robot"]]
+        parts = {
+            "goalie": goal + keeper,
+            "obstacle": goal + target + [info["defender_xpos"]],
+            "target": target,
+        }[self.task]
+        ball = [info[f"ball_{what}_rel_robot"] for what in ("xpos", "velp", "velr")]
+        joints = [self._state[:, self._joint_q], self._state[:, self._joint_v]]
+        return np.concatenate(joints + ball + parts, axis=1, dtype=np.float32)
+
+    # --- what an episode came to --------------------------------------------------------------------
+
+    def score_terms(self) -> dict[str, np.ndarray]:
+        """The platform's weighted score terms, each (B,), of the lanes that have ended; NaN for the others."""
+        ended = np.flatnonzero(~self.alive & (self.steps > 0))
+        by_lane = {
+            lane: score_terms(self.task, {name: values[lane] for name, values in self._reward_terms.items()})
+            for lane in ended
+        }
+        names = score_terms(self.task, {})
+        return {
+            name: np.array([by_lane[i][name] if i in by_lane else np.nan for i in range(self.num_lanes)])
+            for name in names
+        }
+
+    def score(self) -> np.ndarray:
+        """The platform's score (B,) of the lanes that have ended; NaN for the others."""
+        return sum(self.score_terms().values())
+
+    @property
+    def imu_pos_w(self) -> np.ndarray:
+        """(B, 3) m, with the official lag."""
+        return self._read(self._sensors, "twin:imu_pos")
+
+    @property
+    def ball_centre_w(self) -> np.ndarray:
+        """(B, 3) m, with the official lag."""
+        return self._read(self._sensors, "twin:ball_centre")
+
+    @property
+    def ball_site_velocity_w(self) -> np.ndarray:
+        """(B, 3) m/s: what the official score sees; the site turns with the ball."""
+        return self._state[:, self._qvel][:, self._ball_v][:, :3]
+
+    @property
+    def ball_centre_velocity_w(self) -> np.ndarray:
+        """(B, 3) m/s: what the ball really does; the official Jacobian of the ball's geom times qvel."""
+        read = functools.partial(self._read, self._sensors)
+        jacobian = np.zeros((self.num_lanes, 3, self._qvel.stop - self._qvel.start))
+        for i, axis in enumerate("XYZ"):
+            dof, turn = self._ball_v.start + i, read(f"twin:{_BALL}_{axis}")
+            jacobian[:, i, dof] = 1.0
+            jacobian[:, :, dof + 3] = np.cross(turn, read("twin:ball_com") - read("twin:ball_pos")) + np.cross(
+                turn, read("twin:ball_centre") - read("twin:ball_com")
+            )
+        return _times_qvel(jacobian, self._state[:, self._qvel])
+
+
+def _checked_seed(seed: int | None, lane: int) -> int | None:
+    if seed is None:
+        return None
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise UserError(f"the seed of lane {lane} is {seed!r}: give an integer") from None
+    if not 0 <= seed < _SEED_LIMIT:
+        raise UserError(f"the seed of lane {lane} is {seed}: it must lie in [0, 2^64)")
+    return seed
+
+
+def _norm(vector: np.ndarray) -> np.ndarray:
+    """Length (...) of vectors (..., 3), by the dot product that `np.linalg.norm` uses for one vector."""
+    return np.sqrt(np.vecdot(vector, vector))
+
+
+def _times_qvel(jacobian: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+    """(B, 3) from (B, 3, nv) and (B, nv), by the BLAS call that `np.dot` uses for one lane."""
+    return (jacobian @ np.ascontiguousarray(qvel)[..., None])[..., 0]
+
+
+# --- whole episodes -------------------------------------------------------------------------------------
+
+
+def run_task(
+    task: str, policy: Policy, seeds: Sequence[int], start_noise_rad: float = 0.0, num_threads: int = 1
+) -> list[EpisodeResult]:
+    """Play one episode for each seed, all at once, with the numbers of `official.run_episode`.
+
+    The policy is called for one lane at a time: a matrix product of many rows rounds differently from that
+    of one row. For the same reason BLAS must use one thread (OMP_NUM_THREADS=1); `run_episodes` sees to it.
+    """
+    env = TwinEnv(task, len(seeds), num_threads)
+    obs, info = env.reset(seeds, start_noise_rad)
+    actions = np.zeros((len(seeds), c.NUM_JOINTS))
+    last_imu, walked = env.imu_pos_w.copy(), np.zeros(len(seeds))
+    ball_distance_min = np.full(len(seeds), np.inf)
+
+    def measure() -> None:
+        imu, ball = env.imu_pos_w, env.ball_centre_w
+        walked[:] += _horizontal_distance_m(imu, last_imu)
+        last_imu[:] = imu
+        ball_distance_min[:] = np.minimum(ball_distance_min, _horizontal_distance_m(imu, ball))
+
+    measure()
+    while env.alive.any():
+        if policy is None:
+            for _ in range(c.PHYSICS_STEPS_PER_ACTION):
+                step = env.step_torque(actions)
+        else:
+            joints = obs[:, : c.NUM_JOINTS], obs[:, c.NUM_JOINTS : 2 * c.NUM_JOINTS]
+            policy_obs = observe(*joints, info, np).astype(np.float32)
+            for lane in np.flatnonzero(env.alive):
+                actions[lane] = _checked_policy_action(policy(policy_obs[lane]), task, seeds[lane])
+            step = env.step_target(pd.joint_target_rad(actions))
+        obs, info = step.obs, step.info
+        measure()
+    env.close()
+
+    terms = env.score_terms()
+    site_speed, centre_speed = _norm(env.ball_site_velocity_w), _norm(env.ball_centre_velocity_w)
+    results = []
+    for i, seed in enumerate(seeds):
+        lane_terms = {name: float(values[i]) for name, values in terms.items()}
+        results.append(
+            EpisodeResult(
+                task=task,
+                seed=seed,
+                score=sum(lane_terms.values()),
+                terms=lane_terms,
+                steps=int(env.steps[i]),
+                fell=not env.imu_pos_w[i, 2] > c.FALL_HEIGHT_M,
+                success=bool(info["success"][i]),
+                touches=int(env.touches[i]),
+                ball_speed_site_m_s=float(site_speed[i]),
+                ball_speed_centre_m_s=float(centre_speed[i]),
+                walked_m=float(walked[i]),
+                ball_distance_min_m=float(ball_distance_min[i]),
+                imu_height_m=float(env.imu_pos_w[i, 2]),
+            )
+        )
+    return results
+
+
+def _horizontal_distance_m(a_w: np.ndarray, b_w: np.ndarray) -> np.ndarray:
+    return np.hypot(a_w[:, 0] - b_w[:, 0], a_w[:, 1] - b_w[:, 1])
+
+
+def _checked_policy_action(action: np.ndarray, task: str, seed: int) -> np.ndarray:
+    where = f"in task '{task}', seed {seed}"
+    if np.shape(action) != (c.NUM_JOINTS,):
+        raise UserError(
+            f"the policy returned shape {np.shape(action)} instead of ({c.NUM_JOINTS},) {where}: "
+            "it is not a policy of this robot"
+        )
+    if not np.all(np.isfinite(action)):
+        raise UserError(
+            f"the policy returned NaN or infinity {where}: its training diverged, use an earlier checkpoint"
+        )
+    return action
+
+
+def run_episodes(
+    policy: Policy,
+    episodes: list[Episode],
+    start_noise_rad: float = 0.0,
+    workers: int | None = None,
+    progress: Callable[[Iterator[EpisodeResult]], Iterator[EpisodeResult]] = iter,
+) -> list[EpisodeResult]:
+    """`official.run_episodes` on the twin: same arguments, same results, same order.
+
+    Worker processes rather than threads: the policy's Python takes turns with nobody, and BLAS has one
+    thread, so that no number depends on how many workers there are.
+    """
+    jobs = [
+        (task, [episode.seed for episode in batch])
+        for task, of_task in itertools.groupby(episodes, key=lambda episode: episode.task)
+        for batch in _batches(list(of_task), _EPISODES_PER_JOB)
+    ]
+    executor = ProcessPoolExecutor(
+        min(workers or os.cpu_count() or 1, len(jobs)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(policy, start_noise_rad),
+    )
+    try:
+        with executor:
+            with official._lean_children():
+                batches = executor.map(_run_in_worker, jobs)
+            return list(progress(itertools.chain.from_iterable(batches)))
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died (often out of memory): try fewer with --workers") from error
+
+
+def _batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+_worker: dict = {}  # policy and start noise of this worker process
+
+
+def _start_worker(policy: Policy, start_noise_rad: float) -> None:
+    _worker.update(policy=policy, start_noise_rad=start_noise_rad)
+
+
+def _run_in_worker(job: tuple[str, list[int]]) -> list[EpisodeResult]:
+    task, seeds = job
+    return run_task(task, _worker["policy"], seeds, _worker["start_noise_rad"])

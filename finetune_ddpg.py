@@ -1,0 +1,770 @@
+"""DDPG fine-tuning in the official environments: from the dense reward to the official score.
+
+    python finetune_ddpg.py --checkpoint runs/converted --out runs/finetuned [--preset demo|cpu|l4]
+    python finetune_ddpg.py --from-scratch --out runs/scratch
+
+Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with `--from-scratch`.
+Output: a "finetuned" checkpoint, and beside it `<out>.resume`, from which `--resume` goes on after a kill.
+
+Deep deterministic policy gradient (Lillicrap et al. 2016): a deterministic actor, exploration noise on its
+actions, target networks. Two critics, of which targets take the minimum (Fujimoto et al. 2018: a policy
+that is already good has more to lose from overestimates) and the actor's objective the mean. What keeps a
+good policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the
+frozen policy (WSRL, arXiv 2412.07762); the actor's layers thaw from the last to the first; and at the end
+the best candidate must beat the start on episodes that no choice was made on, or the start is the result.
+
+One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards are stored in
+two parts, dense and official, and mixed when sampled: alpha * dense + beta * score, annealed over the whole
+run (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the
+platform; only the first stops the bootstrap.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the lanes' processes need the cores
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import checkpoints
+import errors
+from convert_jax2torch import check_new, critics_from_arrays, fold_normalizer, load_module
+from envs import constants as c
+from envs.lanes import LaneStep, OfficialLanes, check_num_lanes, episode_seed
+from errors import UserError
+from models.numpy_policy import LAYERS, policy_from_arrays
+from models.torch_networks import Actor, Critic
+from preprocess.observation import OBS_SIZE
+from preprocess.symmetry import mirror_action, mirror_observation
+from rewards.annealing import anneal
+from rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
+
+# One stream of episode seeds for each purpose; none is that of `evaluate.py`.
+_TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
+_MIN_OBS_SCALE = 0.1  # features that hardly vary in the warm-up must not get huge steps
+_SAVE_INTERVAL_S = 120.0  # never more often, however fast the steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. `None` takes the preset's value, or with `--from-scratch` its own."""
+
+    out: Path  # new directory for the "finetuned" checkpoint
+    checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
+    from_scratch: bool = False  # start from random networks instead
+    preset: str = "cpu"  # demo, cpu or l4
+    seed: int = 0
+    resume: bool = False  # go on from <out>.resume, if it is there
+
+    # --- length; steps are policy actions in one lane
+    total_steps: int | None = None
+    num_lanes: int | None = None  # processes, a multiple of three
+    warmup_steps: int | None = None  # of the frozen policy, before the first update
+    warmup_updates: int | None = None  # of the critics only, after these
+    freeze_hidden_until: int | None = None  # before this step only the last layer learns
+    freeze_input_until: int | None = None  # before this step only the last two
+
+    # --- learning
+    updates_per_round: int | None = None  # gradient steps per action of all lanes
+    batch_size: int | None = None
+    buffer_size: int | None = None
+    exploration_std: float | None = None  # of the noise on actions in [-1, 1]
+    actor_learning_rate: float | None = None
+    critic_learning_rate: float = 3e-4
+    actor_every: int = 2  # critic updates per actor update
+    discount: float = 0.995  # a score two seconds away counts 61 %
+    target_tau: float = 0.005
+    mirror: bool = True  # mirror half of each batch
+    weights: FinetuneWeights = field(default_factory=FinetuneWeights)
+    device: str = "auto"  # auto: the GPU where there is one; only the CPU repeats bit for bit
+
+    # --- validation and records
+    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+    validation_episodes: int | None = None  # per task, the same for the start and every candidate
+    confirmation_episodes: int | None = None  # per task, for the last comparison, on other seeds
+    validate_every: int | None = None  # steps
+    log_every: int | None = None  # steps; a state to resume from is written at most this often
+
+
+# Times and scores of each preset: docs/results.md.
+PRESETS: dict[str, dict] = {
+    "demo": {
+        "total_steps": 6_000, "num_lanes": 3, "warmup_steps": 1_500, "warmup_updates": 500,
+        "freeze_hidden_until": 600, "freeze_input_until": 1_500, "updates_per_round": 1, "batch_size": 256,
+        "buffer_size": 10_000, "validation_episodes": 4, "confirmation_episodes": 4, "validate_every": 3_000,
+        "log_every": 1_500,
+    },
+    "cpu": {
+        "total_steps": 200_000, "num_lanes": 6, "warmup_steps": 12_000, "warmup_updates": 4_000,
+        "freeze_hidden_until": 20_000, "freeze_input_until": 50_000, "updates_per_round": 2, "batch_size": 256,
+        "buffer_size": 250_000, "validation_episodes": 10, "confirmation_episodes": 20, "validate_every": 40_000,
+        "log_every": 10_000,
+    },
+    "l4": {
+        "total_steps": 2_000_000, "num_lanes": 12, "warmup_steps": 30_000, "warmup_updates": 10_000,
+        "freeze_hidden_until": 20_000, "freeze_input_until": 50_000, "updates_per_round": 4, "batch_size": 1024,
+        "buffer_size": 1_000_000, "validation_episodes": 20, "confirmation_episodes": 50,
+        "validate_every": 100_000, "log_every": 20_000,
+    },
+}  # fmt: skip
+# From scratch there is nothing to protect: no freezing, no critics to keep, wide noise.
+_FROM_SCRATCH = {
+    "exploration_std": 0.3,
+    "actor_learning_rate": 3e-4,
+    "freeze_hidden_until": 0,
+    "freeze_input_until": 0,
+}
+_FROM_CHECKPOINT = {"exploration_std": 0.05, "actor_learning_rate": 3e-5}
+
+
+def resolve(config: Config) -> Config:
+    """Fill in the preset and check what can be checked without running."""
+    if (config.checkpoint is None) != config.from_scratch:
+        raise UserError("give either --checkpoint DIR or --from-scratch")
+    if config.preset not in PRESETS:
+        raise UserError(f"--preset {config.preset} is unknown: use one of {', '.join(PRESETS)}")
+    defaults = PRESETS[config.preset] | (_FROM_SCRATCH if config.from_scratch else _FROM_CHECKPOINT)
+    config = replace(config, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
+    check_num_lanes(config.num_lanes)
+    at_least = {
+        0: ("seed", "warmup_updates", "freeze_hidden_until", "freeze_input_until", "updates_per_round", "start_noise",
+            "exploration_std"),
+        1: ("total_steps", "batch_size", "actor_every", "validate_every", "log_every", "warmup_steps"),
+        2: ("validation_episodes", "confirmation_episodes"),  # a spread needs two
+    }  # fmt: skip
+    for least, names in at_least.items():
+        for name in names:
+            if getattr(config, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(config, name)}")
+    for name, least in (("warmup_steps", "batch_size"), ("buffer_size", "warmup_steps")):
+        if getattr(config, name) < getattr(config, least):
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least} ({getattr(config, least)})")
+    if not 0.0 < config.discount < 1.0:
+        raise UserError(f"--discount must lie between 0 and 1, got {config.discount}")
+    if config.device == "auto":
+        config = replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
+    return config
+
+
+# --- the learner --------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Transitions."""
+
+    obs: torch.Tensor  # (B, 87)
+    action: torch.Tensor  # (B, 12)
+    reward: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, 87) the true next observation, also at an episode's end
+    terminated: torch.Tensor  # (B,) 1.0 where no bootstrap may happen
+
+
+def trainable_layers(step: int, config: Config) -> tuple[str, ...]:
+    """The actor's layers that learn at `step`: the last, then the last two, then all."""
+    if step < config.freeze_hidden_until:
+        return LAYERS[2:]
+    return LAYERS[1:] if step < config.freeze_input_until else LAYERS
+
+
+def step_as_if_normalized(
+    optimizer: torch.optim.Optimizer, layers: list[nn.Linear], mean: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """One optimiser step that moves `layers`, on raw inputs, as if their inputs were (x - mean) / scale.
+
+    The normaliser is folded into them, and Adam's steps are equally long in every weight: without this, a
+    weight on a distance of 17 m would change the function a hundred times more than one on a joint angle.
+    With W' = W scale and b' = b + W mean the function is W' (x - mean) / scale + b'; the gradient is taken
+    there, and the step that the optimiser makes there is carried back.
+    """
+    layers = [layer for layer in layers if layer.weight.grad is not None]
+    before = [layer.weight.detach().clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.grad.sub_(torch.outer(layer.bias.grad, mean)).div_(scale)
+        optimizer.step()
+        for layer, old in zip(layers, before):
+            moved = (layer.weight - old) / scale
+            layer.weight.copy_(old + moved)
+            layer.bias.sub_(moved @ mean)
+
+
+class Learner:
+    """Actor, two critics, their targets and optimisers."""
+
+    def __init__(self, config: Config, arrays: dict[str, np.ndarray], obs_mean: np.ndarray, obs_scale: np.ndarray):
+        """`arrays` as in a converted checkpoint; mean and scale (87,) of observations shape the steps only."""
+        self.config = config
+        self.device = torch.device(config.device)
+        self.actor = load_module(Actor(), "actor", arrays).to(self.device)
+        target_actor = "target_actor" if "target_actor.input.weight" in arrays else "actor"
+        self.target_actor = load_module(Actor(), target_actor, arrays).to(self.device)
+        self.critics = critics_from_arrays(arrays, "critic").to(self.device)
+        self.target_critics = critics_from_arrays(arrays, "target_critic").to(self.device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_learning_rate)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=config.critic_learning_rate)
+        self.obs_mean, self.obs_scale = self.tensor(obs_mean), self.tensor(obs_scale)
+        actions = torch.zeros(c.NUM_JOINTS, device=self.device)
+        self._critic_mean = torch.cat([self.obs_mean, actions])
+        self._critic_scale = torch.cat([self.obs_scale, actions + 1.0])
+        self.updates = 0
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """A float32 tensor on the learner's device."""
+        return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Actions (B, 12) without noise for observations (B, 87)."""
+        return self.actor(self.tensor(obs)).cpu().numpy()
+
+    def update(self, batch: Batch, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """One gradient step of the critics, and at every `actor_every`-th of the actor's `layers`."""
+        config = self.config
+        with torch.no_grad():
+            next_action = self.target_actor(batch.next_obs)
+            next_value = torch.minimum(*(critic(batch.next_obs, next_action) for critic in self.target_critics))
+            target = batch.reward + config.discount * (1.0 - batch.terminated) * next_value
+        critic_loss = sum(F.mse_loss(critic(batch.obs, batch.action), target) for critic in self.critics)
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        first_layers = [critic.input for critic in self.critics]
+        step_as_if_normalized(self.critic_optimizer, first_layers, self._critic_mean, self._critic_scale)
+        self.updates += 1
+        if layers and self.updates % config.actor_every == 0:
+            self._update_actor(batch, layers)
+            _follow(self.target_actor, self.actor, config.target_tau)
+        _follow(self.target_critics, self.critics, config.target_tau)
+        return {"critic_loss": critic_loss.detach(), "value": target.mean()}
+
+    def _update_actor(self, batch: Batch, layers: tuple[str, ...]) -> None:
+        action = self.actor(batch.obs)
+        loss = -sum(critic(batch.obs, action).mean() for critic in self.critics) / len(self.critics)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=[p for layer in layers for p in getattr(self.actor, layer).parameters()])
+        step_as_if_normalized(self.actor_optimizer, [self.actor.input], self.obs_mean, self.obs_scale)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Actor, critics and target critics, named as in a converted checkpoint."""
+        networks = {"actor": self.actor, "critic": self.critics, "target_critic": self.target_critics}
+        return _named_arrays(networks)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What `arrays` lacks to go on: target actor, optimisers, observation statistics, counter."""
+        state = _named_arrays({"target_actor": self.target_actor})
+        for name, optimizer in self._optimizers().items():
+            for index, entry in optimizer.state_dict()["state"].items():
+                state |= {f"{name}.{index}.{key}": value.cpu().numpy() for key, value in entry.items()}
+        return state | {
+            "obs_mean": self.obs_mean.cpu().numpy(),
+            "obs_scale": self.obs_scale.cpu().numpy(),
+            "updates": np.array(self.updates),
+        }
+
+    def restore_optimizers(self, state: dict[str, np.ndarray]) -> None:
+        """Optimisers and counter from `state`; the networks come with the constructor's `arrays`."""
+        self.updates = int(state["updates"])
+        for name, optimizer in self._optimizers().items():
+            entries: dict[int, dict[str, torch.Tensor]] = {}
+            for path, value in state.items():
+                if path.startswith(f"{name}."):
+                    index, key = path.removeprefix(f"{name}.").split(".")
+                    entries.setdefault(int(index), {})[key] = torch.as_tensor(value)
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {"actor_optimizer": self.actor_optimizer, "critic_optimizer": self.critic_optimizer}
+
+
+def _named_arrays(networks: dict[str, nn.Module]) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}.{name}": value.cpu().numpy().copy()
+        for prefix, network in networks.items()
+        for name, value in network.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def _follow(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Move target parameters the share `tau` of the way."""
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.lerp_(new, tau)
+
+
+def random_arrays(seed: int, obs_mean: np.ndarray, obs_scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Fresh networks for normalised observations, the normaliser folded in; the actor starts near zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        actor, critics = Actor(), nn.ModuleList([Critic(), Critic()])
+    with torch.no_grad():
+        actor.output.weight.mul_(0.01)
+        actor.output.bias.zero_()
+        for network in (actor, *critics):
+            folded = fold_normalizer(
+                network.input.weight.numpy().T, network.input.bias.numpy(), obs_mean, obs_scale
+            )
+            for parameter, value in zip((network.input.weight, network.input.bias), folded):
+                parameter.copy_(torch.from_numpy(value))
+    return _named_arrays({"actor": actor, "critic": critics, "target_critic": critics})
+
+
+class Replay:
+    """Transitions in a ring, the two parts of their reward apart."""
+
+    def __init__(self, size: int):
+        self.arrays = {
+            "obs": np.zeros((size, OBS_SIZE), np.float32),
+            "action": np.zeros((size, c.NUM_JOINTS), np.float32),
+            "dense": np.zeros(size, np.float32),
+            "score": np.zeros(size, np.float32),
+            "next_obs": np.zeros((size, OBS_SIZE), np.float32),
+            "terminated": np.zeros(size, np.float32),
+        }
+        self.size = size
+        self.added = 0
+
+    def __len__(self) -> int:
+        return min(self.added, self.size)
+
+    def add(self, **rows: np.ndarray) -> None:
+        """Append B transitions, each array with a leading axis B."""
+        count = len(rows["obs"])
+        where = (self.added + np.arange(count)) % self.size
+        for name, values in rows.items():
+            self.arrays[name][where] = values
+        self.added += count
+
+    def sample(self, rng: np.random.Generator, count: int, alpha: float, beta: float, mirror: bool) -> dict:
+        """`count` transitions, as arrays named like `Batch`; half of them mirrored if `mirror`."""
+        where = rng.integers(len(self), size=count)
+        rows = {name: values[where] for name, values in self.arrays.items()}
+        if mirror:
+            half = slice(count // 2)
+            for name in ("obs", "next_obs"):
+                rows[name][half] = mirror_observation(rows[name][half])
+            rows["action"][half] = mirror_action(rows["action"][half])
+        rows["reward"] = alpha * rows.pop("dense") + beta * rows.pop("score")
+        return rows
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The filled part, and how much was ever added."""
+        return {name: values[: len(self)] for name, values in self.arrays.items()} | {"added": np.array(self.added)}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Bring back what `state` gave, into a ring of the same size."""
+        self.added = int(state["added"])
+        for name, values in self.arrays.items():
+            values[: len(self)] = state[name]
+
+
+# --- judging ------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """Official scores on one set of seeds."""
+
+    scores: np.ndarray  # (3, N) by task and seed
+    steps: np.ndarray  # (3, N) physics steps
+    fell: np.ndarray  # (3, N)
+    success: np.ndarray  # (3, N)
+
+    @property
+    def mean(self) -> float:
+        """The mean of the tasks' means."""
+        return float(self.scores.mean())
+
+    def summary(self) -> dict:
+        """Per task, for the manifest."""
+        return {"mean": self.mean} | {
+            task: {name: float(values[i].mean()) for name, values in self._asdict().items()}
+            for i, task in enumerate(c.TASKS)
+        }
+
+
+def validate(config: Config, lanes: OfficialLanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
+    """Score a policy on the seeds of a purpose in each task."""
+    episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
+    seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
+    results = lanes.validate(policy_from_arrays(arrays), seeds, config.start_noise)
+
+    def table(name: str) -> np.ndarray:
+        return np.array([float(getattr(result, name)) for result in results]).reshape(c.NUM_TASKS, episodes)
+
+    return Scores(table("score"), table("steps"), table("fell"), table("success"))
+
+
+def gain(candidate: np.ndarray, start: np.ndarray) -> tuple[float, float]:
+    """Mean gain of scores (3, N) over others on the same seeds, and its standard error."""
+    difference = candidate - start
+    standard_error = np.sqrt((difference.var(axis=1, ddof=1) / difference.shape[1]).sum()) / len(difference)
+    return float(difference.mean()), float(standard_error)
+
+
+def is_better(candidate: np.ndarray, start: np.ndarray) -> bool:
+    """Whether scores (3, N) beat others on the same seeds by more than one standard error."""
+    mean, standard_error = gain(candidate, start)
+    return mean > standard_error
+
+
+# --- the run ------------------------------------------------------------------------------------------
+
+
+class Statistics:
+    """Means since the last line of the log."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: np.ndarray) -> None:
+        """Add values (B,) of one quantity."""
+        self._sums[name] = self._sums.get(name, 0.0) + float(np.sum(values))
+        self._counts[name] = self._counts.get(name, 0) + np.size(values)
+
+    def take(self) -> dict[str, float]:
+        """The means, and start again."""
+        means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
+        self.__init__()
+        return means
+
+
+class Run:
+    """What one fine-tuning run carries from step to step."""
+
+    def __init__(self, config: Config, lanes: OfficialLanes):
+        self.config, self.lanes = config, lanes
+        self.rng = np.random.default_rng(config.seed)
+        self.replay = Replay(config.buffer_size)
+        self.statistics = Statistics()
+        self.step = 0
+        self.history: list[dict] = []  # one entry per line of the log
+        self.learner: Learner
+        self.start_arrays: dict[str, np.ndarray]
+        self.start_scores: Scores
+        self.best_arrays: dict[str, np.ndarray] | None = None  # of the best candidate above the start
+        self.best_scores: Scores | None = None
+        self.best_step = 0
+        self.previous_action = np.zeros((config.num_lanes, c.NUM_JOINTS), np.float32)
+        self.obs: np.ndarray  # (lanes, 87)
+        self.reading: Reading
+
+    def send_actions(self, mean_action: np.ndarray) -> np.ndarray:
+        """Add exploration noise, set the lanes going; returns the actions (B, 12)."""
+        noise = self.config.exploration_std * self.rng.standard_normal(mean_action.shape)
+        action = np.clip(mean_action + noise, -1.0, 1.0).astype(np.float32)
+        self.lanes.send(action)
+        return action
+
+    def receive(self, action: np.ndarray) -> LaneStep:
+        """Wait for the lanes and store what they bring."""
+        after = self.lanes.receive()
+        raw = dense_terms(Transition(self.reading, after.reading, after.obs, action, self.previous_action))
+        dense = dense_reward(raw, self.config.weights)
+        self.replay.add(
+            obs=self.obs,
+            action=action,
+            dense=dense,
+            score=after.score,
+            next_obs=after.obs,
+            terminated=after.terminated,
+        )
+        ended = after.terminated | after.truncated
+        self.previous_action = np.where(ended[:, None], np.float32(0.0), action)
+        self.obs, self.reading = after.next_obs, after.next_reading
+        for name, values in raw.items():
+            self.statistics.add(f"reward/{name}", values)
+        self.statistics.add("reward/dense", dense)
+        for name in ("physics_steps", "fell", "success"):
+            self.statistics.add(f"episode/{name}", getattr(after, name)[ended])
+        for i, task in enumerate(self.lanes.task):
+            self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
+        return after
+
+    def update(self, updates: int, layers: tuple[str, ...]) -> None:
+        """Gradient steps on the buffer, the reward mixed as it stands at this step."""
+        config = self.config
+        alpha, beta = anneal(self.step, config.total_steps)
+        metrics = {}
+        for _ in range(updates):
+            rows = self.replay.sample(self.rng, config.batch_size, alpha, beta, config.mirror)
+            batch = Batch(**{name: self.learner.tensor(values) for name, values in rows.items()})
+            metrics = self.learner.update(batch, layers)
+        for name, value in metrics.items():  # of the last one: reading a value makes a GPU wait
+            self.statistics.add(name, value.item())
+
+    def log(self) -> dict[str, float]:
+        """One line of the log: the means since the last one, kept in the history."""
+        line = {"step": self.step} | self.statistics.take()
+        self.history.append(line)
+        alpha, beta = anneal(self.step, self.config.total_steps)
+        scores = " ".join(f"{task} {line.get(f'episode/score_{task}', float('nan')):+.2f}" for task in c.TASKS)
+        tqdm.write(
+            f"step {self.step:>7,} alpha {alpha:.2f} beta {beta:.2f} | {scores} | "
+            f"fell {line.get('episode/fell', float('nan')):.0%} of episodes, "
+            f"{line.get('episode/physics_steps', float('nan')):.0f} physics steps | "
+            f"dense {line['reward/dense']:+.3f} value {line.get('value', float('nan')):+.2f} "
+            f"loss {line.get('critic_loss', float('nan')):.3f}"
+        )
+        return line
+
+    # --- resuming -------------------------------------------------------------------------------------
+
+    def save(self, path: Path, parent: checkpoints.Checkpoint | None) -> None:
+        """Write all that `restore` needs, as a checkpoint of the present policy."""
+        networks = {f"start.{name}": value for name, value in self.start_arrays.items()}
+        if self.best_arrays is not None:
+            networks |= {f"best.{name}": value for name, value in self.best_arrays.items()}
+        scores = {f"start_scores.{name}": value for name, value in self.start_scores._asdict().items()}
+        if self.best_scores is not None:
+            scores |= {f"best_scores.{name}": value for name, value in self.best_scores._asdict().items()}
+        lanes = self.lanes.state() | {"obs": self.obs, "previous_action": self.previous_action}
+        progress = {
+            "finetune_steps": self.step,
+            "history": self.history,
+            "best_step": self.best_step,
+            "rng": json.dumps(self.rng.bit_generator.state),
+        }
+        extra = {
+            "learner": self.learner.state(),
+            "replay": self.replay.state(),
+            "kept": networks | scores,
+            "lanes": lanes,
+        }
+        write(path, self, self.learner.arrays(), parent, progress, extra, overwrite=True)
+
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Take up the run where `save` left it."""
+        kept = checkpoints.load_extra(checkpoint, "kept")
+        learner = checkpoints.load_extra(checkpoint, "learner")
+        lanes = checkpoints.load_extra(checkpoint, "lanes")
+        progress = checkpoint.manifest["metrics"]
+
+        def named(prefix: str) -> dict[str, np.ndarray]:
+            return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
+
+        self.step, self.best_step, self.history = (
+            progress[name] for name in ("finetune_steps", "best_step", "history")
+        )
+        self.rng.bit_generator.state = json.loads(progress["rng"])
+        self.replay.restore(checkpoints.load_extra(checkpoint, "replay"))
+        self.start_arrays, self.start_scores = named("start."), Scores(**named("start_scores."))
+        if best := named("best."):
+            self.best_arrays, self.best_scores = best, Scores(**named("best_scores."))
+        arrays = checkpoint.arrays | learner
+        self.learner = Learner(self.config, arrays, learner["obs_mean"], learner["obs_scale"])
+        self.learner.restore_optimizers(learner)
+        self.previous_action = lanes["previous_action"]
+        self.obs, self.reading = self.lanes.restore(lanes)
+        if not np.array_equal(self.obs, lanes["obs"]):
+            print("warning: the running episodes did not repeat exactly (another machine?); going on with them as they are")
+
+
+def write(
+    path: Path,
+    run: Run,
+    arrays: dict[str, np.ndarray],
+    parent: checkpoints.Checkpoint | None,
+    metrics: dict,
+    extra: dict | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a "finetuned" checkpoint with the given networks."""
+    golden_obs = run.replay.arrays["obs"][: checkpoints.GOLDEN_PAIRS] if parent is None else parent.golden_obs
+    actions = policy_from_arrays(arrays)(golden_obs).astype(np.float32)
+    steps = run.step + (0 if parent is None else parent.manifest["steps"])
+    return checkpoints.save(
+        path,
+        "finetuned",
+        arrays,
+        golden_obs,
+        actions,
+        asdict(run.config),
+        run.config.seed,
+        steps,
+        parent,
+        metrics,
+        extra,
+        overwrite,
+    )
+
+
+def warm_up(run: Run, arrays: dict[str, np.ndarray] | None) -> None:
+    """Fill the buffer with the frozen start policy (random networks if None), then train the critics on it."""
+    config = run.config
+    run.obs, run.reading = run.lanes.start()
+    nothing = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
+    policy = policy_from_arrays(random_arrays(config.seed, *nothing) if arrays is None else arrays)
+    rounds = -(-config.warmup_steps // config.num_lanes)
+    for _ in tqdm(range(rounds), desc="warm-up", unit="round", disable=not sys.stderr.isatty()):
+        run.receive(run.send_actions(policy(run.obs)))
+    met = run.replay.arrays["obs"][: len(run.replay)]
+    mean, scale = met.mean(axis=0), np.maximum(met.std(axis=0), _MIN_OBS_SCALE)
+    run.start_arrays = random_arrays(config.seed, mean, scale) if arrays is None else arrays
+    run.learner = Learner(config, run.start_arrays, mean, scale)
+    for _ in tqdm(range(config.warmup_updates), desc="critics", unit="update", disable=not sys.stderr.isatty()):
+        run.update(1, layers=())
+    run.start_arrays = run.learner.arrays()  # the same actor, with critics that know the official environments
+    run.log()
+
+
+def train(run: Run, save_path: Path, parent: checkpoints.Checkpoint | None) -> None:
+    """Fine-tune to the last step; the best candidate stays in `run`."""
+    config = run.config
+    last_save_s = time.monotonic()
+    bar = tqdm(total=config.total_steps, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    with bar:
+        while run.step < config.total_steps:
+            action = run.send_actions(run.learner.act(run.obs))
+            run.update(config.updates_per_round, trainable_layers(run.step, config))  # while the lanes move
+            run.receive(action)
+            run.step += config.num_lanes
+            bar.update(config.num_lanes)
+            finished = run.step >= config.total_steps
+            if finished or _passes(run, config.validate_every):
+                consider(run)
+            if finished or _passes(run, config.log_every):
+                line = run.log()
+                if not np.isfinite(line.get("critic_loss", 0.0)):
+                    tqdm.write(f"warning: training diverged before step {run.step}; only what came before counts")
+                    return
+                if not finished and time.monotonic() - last_save_s >= _SAVE_INTERVAL_S:
+                    run.save(save_path, parent)
+                    last_save_s = time.monotonic()
+
+
+def _passes(run: Run, every: int) -> bool:
+    """Whether this round of all lanes reached a multiple of `every` steps."""
+    return run.step // every > (run.step - run.config.num_lanes) // every
+
+
+def consider(run: Run) -> None:
+    """Validate the present policy; keep it if it is the best so far and above the start."""
+    arrays = run.learner.arrays()
+    if not all(np.isfinite(value).all() for value in arrays.values()):
+        return
+    scores = validate(run.config, run.lanes, arrays, _VALIDATION)
+    mean, standard_error = gain(scores.scores, run.start_scores.scores)
+    tqdm.write(
+        f"  validation at {run.step:,}: {_text(scores)} | start {run.start_scores.mean:+.3f}, "
+        f"gain {mean:+.3f} +- {standard_error:.3f}"
+    )
+    run.history.append({"step": run.step, "validation": scores.summary(), "gain": mean})
+    if scores.mean > (run.best_scores or run.start_scores).mean:
+        run.best_arrays, run.best_scores, run.best_step = arrays, scores, run.step
+
+
+def _text(scores: Scores) -> str:
+    of_tasks = ", ".join(f"{task} {row.mean():+.2f}" for task, row in zip(c.TASKS, scores.scores))
+    return f"{scores.mean:+.3f} ({of_tasks})"
+
+
+def choose(run: Run) -> tuple[dict[str, np.ndarray], dict]:
+    """The networks to hand on, and why: the best candidate if it beats the start on fresh seeds, else the start."""
+    verdict: dict = {"result": "start", "validation": {"start": run.start_scores.summary()}}
+    if run.best_arrays is None:
+        print("no candidate scored above the start in validation: the result is the start policy")
+        return run.start_arrays, verdict
+    verdict["validation"]["candidate"] = run.best_scores.summary()
+    start, candidate = (
+        validate(run.config, run.lanes, arrays, _CONFIRMATION) for arrays in (run.start_arrays, run.best_arrays)
+    )
+    mean, standard_error = gain(candidate.scores, start.scores)
+    verdict["confirmation"] = {
+        "start": start.summary(),
+        "candidate": candidate.summary(),
+        "gain": mean,
+        "standard_error": standard_error,
+    }
+    print(f"fresh seeds: start {_text(start)}; candidate of step {run.best_step:,} {_text(candidate)}")
+    if is_better(candidate.scores, start.scores):
+        print(f"gain {mean:+.3f} +- {standard_error:.3f}: the result is the candidate")
+        return run.best_arrays, verdict | {"result": "candidate", "candidate_step": run.best_step}
+    print(f"gain {mean:+.3f} +- {standard_error:.3f} is not above its standard error: the result is the start policy")
+    return run.start_arrays, verdict
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The lanes' processes need the cores; networks of this size gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def find_resume(config: Config, path: Path, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint | None:
+    """The saved state to go on from, or None for a new run."""
+    previous = path.with_name(f"{path.name}.previous")  # alone, if a save was killed between two renames
+    if not (path.exists() or previous.exists()):
+        if config.resume:
+            print(f"{path} is not there: starting from the beginning")
+        return None
+    if not config.resume:
+        raise UserError(f"{path} holds an unfinished run: give --resume to go on with it, or move it away")
+    saved = checkpoints.load_latest(path, ("finetuned",))
+    if saved.manifest["parent"] != (parent and {"stage": parent.stage, "hash": parent.hash}):
+        raise UserError(f"{path} is a run that started from another checkpoint: give that one, or another --out")
+    theirs, ours = saved.manifest["config"], json.loads(json.dumps(asdict(config), default=str))
+    for name in ours.keys() - {"out", "checkpoint", "resume", "device"}:
+        if theirs.get(name) != ours[name]:
+            raise UserError(
+                f"{path} was run with {name} = {theirs.get(name)}, not {ours[name]}: give the same settings, or another --out"
+            )
+    return saved
+
+
+def main(config: Config) -> Path:
+    """Fine-tune; returns the output directory."""
+    config = resolve(config)
+    started = time.monotonic()
+    resume_path = config.out.with_name(f"{config.out.name}.resume")
+    if config.resume and (config.out / checkpoints.MANIFEST).exists():
+        checkpoints.load(config.out, ("finetuned",))
+        print(f"{config.out} is finished already")
+        print(config.out)
+        return config.out
+    check_new(config.out)
+    checkpoints.check_output_dir(resume_path)
+    parent = None
+    if config.checkpoint is not None:
+        parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
+    saved = find_resume(config, resume_path, parent)
+
+    lanes = OfficialLanes(config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
+    with lanes, _one_torch_thread():
+        run = Run(config, lanes)
+        if saved is not None:
+            run.restore(saved)
+            print(f"resuming at step {run.step:,}")
+        else:
+            warm_up(run, None if parent is None else parent.arrays)
+            run.start_scores = validate(config, lanes, run.start_arrays, _VALIDATION)
+            print(f"start policy in validation: {_text(run.start_scores)}")
+        train(run, resume_path, parent)
+        arrays, verdict = choose(run)
+    metrics = verdict | {
+        "finetune_steps": run.step,
+        "warmup_steps": config.warmup_steps,
+        "seconds": round(time.monotonic() - started, 1),  # since the last resume
+        "history": run.history,
+    }
+    path = write(config.out, run, arrays, parent, metrics)
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    errors.run(main, tyro.cli(Config, description=__doc__))

@@ -1,0 +1,194 @@
+"""Dense rewards of pre-training: one function per term, one weight per term.
+
+Terms are per action (50 Hz). The heart is `shot`: the *change* of the ball's value, an estimate of the
+official score its motion will bring if nobody touches it again. Paid as a difference, a kick is rewarded
+once, when it happens; dribbling slowly earns nothing extra, and a bad touch costs at once instead of
+seconds later. Everything is shaped on the ball's centre: the official quantities use a site that turns
+with the ball, whose speed swings between 0 and twice the centre's.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from envs import constants as c
+from envs.pd import joint_target_rad, torque_nm
+from envs.tasks import Events, Readings, TaskState
+from preprocess.observation import projected_gravity, yaw_rad
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """Weight of each term; the names are the terms'."""
+
+    shot: float = 1.0  # per point of expected official score gained
+    approach: float = 0.1  # per action at 1 m/s toward the kicking position
+    face_ball: float = 0.03  # per action, cosine
+    alive: float = 0.05
+    tilt: float = -0.2  # squared horizontal part of gravity in the body
+    trunk_angvel: float = -0.005  # squared roll and pitch rate
+    torque: float = -0.015  # sum of squared torques over limits
+    action_rate: float = -0.005  # sum of squared action differences
+    joint_vel: float = -0.00001  # sum of squared joint velocities
+    fallen: float = -1.0  # once
+    success: float = 1.0  # once
+
+
+class Transition(NamedTuple):
+    """What the terms may look at."""
+
+    readings: Readings
+    before: TaskState  # before the action
+    after: TaskState  # after it
+    events: Events
+    action: jax.Array  # (12,)
+    shot_value: jax.Array  # () value of the ball's motion now
+    approach_distance_m: jax.Array  # () now
+
+
+def _soft(margin_m: jax.Array, width_m: float) -> jax.Array:
+    """Probability-like share of a margin: 0.5 at zero, near 1 at a few widths."""
+    return jax.nn.sigmoid(margin_m / width_m)
+
+
+def aim_point_w(state: TaskState) -> jax.Array:
+    """Where the ball should go (3,): the goal's centre in penalty kicks, else the target."""
+    return jnp.where(state.task == c.TARGET, state.target_pos_w, jnp.asarray(c.GOAL_POS_W[0]))
+
+
+def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
+    """Expected score of the ball's motion in a penalty kick: speed at 1.5 per m/s, and where it will arrive."""
+    x, y, z = r.ball_center_pos_w
+    vx, vy, vz = r.ball_center_vel_w
+    toward = -vx
+    moving = jnp.clip(toward - 0.3, 0.0, 1.0)
+    time_s = jnp.clip((x + c.FIELD_HALF_LENGTH_M - c.BALL_RADIUS_M) / jnp.maximum(toward, 0.3), 0.0, 8.0)
+    y_cross = y + vy * time_s
+    post_margin = c.GOAL_HALF_WIDTH_M - 0.07 - c.BALL_RADIUS_M - jnp.abs(y_cross)
+    # Goalie: the keeper's place when the ball arrives is known, it is a function of time only.
+    arrival_s = state.action_count * c.ACTION_DT_S + time_s
+    keeper_y = c.KEEPER_AMPLITUDE_M * jnp.sin(2 * jnp.pi * c.KEEPER_FREQUENCY_HZ * arrival_s)
+    keeper_margin = jnp.abs(y_cross - keeper_y) - c.KEEPER_HALF_WIDTH_LOW_M - c.BALL_RADIUS_M
+    inside = _soft(post_margin, 0.1)
+    past_keeper = _soft(keeper_margin, 0.1)
+    goalie = 2.5 * inside * past_keeper - 0.5 * inside * (1 - past_keeper) - 3.0 * (1 - inside)
+    # Obstacle: a rolling ball must end on a defender (-0.5), not past the line beside them (-3).
+    z_cross = jnp.maximum(z + vz * time_s - 0.5 * 9.81 * time_s**2, c.BALL_RADIUS_M)
+    window = jnp.stack([y_cross, z_cross]) - state.target_pos_w[1:]
+    in_window = jnp.exp(-jnp.sum(window**2) / 0.35**2)
+    reach = c.DEFENDER_HALF_WIDTH_M + c.BALL_RADIUS_M
+    on_defender = _soft(jnp.max(reach - jnp.abs(y_cross - state.defender_pos_w[:, 1])), 0.1)
+    obstacle = jnp.maximum(2.5 * in_window, -0.5 * on_defender - 3.0 * (1 - on_defender))
+    where_it_ends = jnp.where(state.task == c.OBSTACLE, obstacle, goalie)
+    return 1.5 * jnp.clip(toward, -1.0, 10.0) + moving * where_it_ends
+
+
+def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
+    """Expected score of the ball's motion in the target task, times three so that it weighs beside a kick.
+
+    The ball does not slow down: by how much the line of its motion misses the target decides.
+    """
+    to_target = (state.target_pos_w - r.ball_center_pos_w)[:2]
+    velocity = r.ball_center_vel_w[:2]
+    speed = jnp.sqrt(jnp.sum(velocity**2) + 1e-8)
+    direction = velocity / speed
+    along = jnp.dot(direction, to_target)
+    miss_m = jnp.abs(direction[0] * to_target[1] - direction[1] * to_target[0])
+    ahead = _soft(along, 0.3)
+    hit = ahead * jnp.exp(-((miss_m / 0.5) ** 2))
+    near = ahead * jnp.exp(-miss_m / 2.0)
+    moving = jnp.clip(speed - 0.2, 0.0, 1.0)
+    # Out of the field costs 1; a slow ball may be met again.
+    return 3.0 * moving * (2.0 * hit + 0.7 * near - 0.7 * (1 - hit) * jnp.clip(speed / 2.0, 0.0, 1.0))
+
+
+def shot_value(r: Readings, state: TaskState) -> jax.Array:
+    """Value of the ball's motion, in points of official score."""
+    return jnp.where(state.task == c.TARGET, target_shot_value(r, state), penalty_shot_value(r, state))
+
+
+def approach_distance_m(r: Readings, state: TaskState) -> jax.Array:
+    """Distance to the ball plus a detour for standing on its wrong side (0.6 m for every 90 degrees)."""
+    to_ball = (r.ball_center_pos_w - r.imu_pos_w)[:2]
+    distance = jnp.sqrt(jnp.sum(to_ball**2) + 1e-8)
+    to_aim = (aim_point_w(state) - r.ball_center_pos_w)[:2]
+    cosine = jnp.dot(to_ball, to_aim) / (distance * jnp.sqrt(jnp.sum(to_aim**2) + 1e-8))
+    return distance + 0.6 * (1.0 - cosine)
+
+
+def _shot(t: Transition) -> jax.Array:
+    return t.shot_value - t.before.shot_value
+
+
+def _approach(t: Transition) -> jax.Array:
+    """Speed toward the kicking position in m/s, clipped at 1; half of that once a good shot is on its way."""
+    progress = jnp.clip((t.before.approach_distance_m - t.approach_distance_m) / c.ACTION_DT_S, -1.0, 1.0)
+    progress = jnp.where(jnp.isnan(t.before.approach_distance_m), 0.0, progress)
+    return jnp.where(t.shot_value > 1.0, 0.5, progress)
+
+
+def _face_ball(t: Transition) -> jax.Array:
+    to_ball = (t.readings.ball_center_pos_w - t.readings.imu_pos_w)[:2]
+    bearing = jnp.arctan2(to_ball[1], to_ball[0]) - yaw_rad(t.readings.imu_quat_wxyz, jnp)
+    return jnp.where(t.shot_value > 1.0, 0.5, jnp.cos(bearing))
+
+
+def _alive(t: Transition) -> jax.Array:
+    return jnp.array(1.0)
+
+
+def _tilt(t: Transition) -> jax.Array:
+    return jnp.sum(projected_gravity(t.readings.imu_quat_wxyz, jnp)[:2] ** 2)
+
+
+def _trunk_angvel(t: Transition) -> jax.Array:
+    return jnp.sum(t.readings.gyro_b[:2] ** 2)
+
+
+def _torque(t: Transition) -> jax.Array:
+    torque = torque_nm(joint_target_rad(t.action), t.readings.joint_pos, t.readings.joint_vel, jnp)
+    return jnp.sum((torque / jnp.asarray(c.TORQUE_LIMIT_NM)) ** 2)
+
+
+def _action_rate(t: Transition) -> jax.Array:
+    return jnp.sum((t.action - t.before.prev_action) ** 2)
+
+
+def _joint_vel(t: Transition) -> jax.Array:
+    return jnp.sum(t.readings.joint_vel**2)
+
+
+def _fallen(t: Transition) -> jax.Array:
+    return t.events.fallen | t.events.diverged
+
+
+def _success(t: Transition) -> jax.Array:
+    return t.events.success
+
+
+TERMS = {
+    "shot": _shot,
+    "approach": _approach,
+    "face_ball": _face_ball,
+    "alive": _alive,
+    "tilt": _tilt,
+    "trunk_angvel": _trunk_angvel,
+    "torque": _torque,
+    "action_rate": _action_rate,
+    "joint_vel": _joint_vel,
+    "fallen": _fallen,
+    "success": _success,
+}
+assert set(TERMS) == {field.name for field in fields(DenseWeights)}
+
+
+def dense_terms(t: Transition) -> dict[str, jax.Array]:
+    """Every raw (unweighted) term, each ()."""
+    return {name: jnp.asarray(term(t), jnp.float32) for name, term in TERMS.items()}
+
+
+def dense_reward(raw_terms: dict[str, jax.Array], weights: DenseWeights) -> jax.Array:
+    """The weighted sum, ()."""
+    return sum(getattr(weights, name) * value for name, value in raw_terms.items())

@@ -1,0 +1,478 @@
+"""Stage 5: package a policy for the platform, prove the package with the platform's own SDK, send it.
+
+    python submit.py --checkpoint DIR --out DIR [--yes]
+
+Input: a converted or fine-tuned checkpoint. Output: a directory with
+
+    model.pt         TorchScript: preprocessed observation in, unit torque out, 50 Hz hold inside
+    preprocessor.py  the source of the preprocessor class, as the platform will run it
+    manifest.json    which checkpoint and code it came from, checksums of the other files
+    score.json       the score the SDK's benchmark gave, and how it compares with our own
+
+Without `--yes` nothing leaves the machine. The proof: the SDK loads both files and plays the three
+official environments with the official score. The same torques are then played again in our own runner
+(`envs/official.py`): score and length must be equal. Along the way our float64 NumPy control says at every
+physics step which torque it would have given: the float32 module may differ by rounding only. What
+`evaluate.py` gives for the same seeds is reported beside it. It need not be equal: contacts are chaotic,
+so a difference in the seventh digit of a torque can grow into another ending.
+
+With `--yes` the real client sends the two files. The API key is taken from the variable SAI_API_KEY by the
+SDK itself; we neither hold nor print it. The SDK writes a `.sai` directory into the home directory as soon
+as it is imported, so it is imported only when it is needed.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+
+import checkpoints
+import errors
+from envs import constants as c
+from errors import UserError
+from models.numpy_policy import LAYERS, policy_from_arrays
+from models.submission_model import scripted
+from models.torch_networks import Actor
+from preprocess.observation import LAYOUT_HASH
+from preprocess.submission import Preprocessor
+from rewards.official import WEIGHTS
+
+FORMAT = "booster-soccer submission"
+MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
+RECEIPT = "submission.json"  # only after sending: what the platform answered
+KEY_VARIABLE = "SAI_API_KEY"
+SCORE_TOLERANCE = 1e-9  # same torques in the same environment: only the order of a sum may differ
+# Rounding of a float32 actor and PD law: some 1e-6 in an action, times gains of up to 200 N m/rad.
+TORQUE_TOLERANCE_NM = 0.01
+_PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "sai-mujoco", "sai-rl")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to package, how to prove it, and whether to send it."""
+
+    checkpoint: Path  # directory of a converted or fine-tuned checkpoint
+    out: Path  # directory to write; must be new or empty, or hold this very package
+    yes: bool = False  # send it; without, a dry run
+    episodes: int = 3  # per task, for the proof; the platform itself plays 100
+    seed: int = 0  # master seed, from which the platform's own function draws each episode's
+    hold: bool = True  # hold each joint target for ten physics steps, as trained; off: stateless model
+    competition: str = "booster-soccer-showdown"  # the platform's id or short name of the competition
+    name: str = ""  # of the submission; empty: stage and hash of the checkpoint
+
+
+def main(config: Config) -> Path:
+    """Write and prove the package, send it if told to; return its directory."""
+    _check_config(config)
+    checkpoint = checkpoints.load(config.checkpoint)
+    if checkpoint.stage == "pretrained":
+        raise UserError(
+            f"checkpoint {config.checkpoint} is 'pretrained', and the platform takes PyTorch: convert it "
+            f"first, python convert_jax2torch.py --checkpoint {config.checkpoint} --out DIR"
+        )
+    identity = {
+        "format": FORMAT,
+        "checkpoint": checkpoint.hash,
+        "hold_physics_steps": _hold_steps(config),
+        "seed": config.seed,
+        "episodes_per_task": config.episodes,
+    }
+    if not _is_vacant(config.out):
+        _check_same_package(config.out, identity)
+        print(f"{config.out} already holds this package, proved; its files are as they were written")
+    else:
+        build(config, checkpoint, identity)
+    _print_score(json.loads((config.out / SCORE).read_text()))
+    name = config.name or f"{checkpoint.stage}-{checkpoint.hash}"
+    _print_contents(config, name)
+    if config.yes:
+        send(config.out, config.competition, name)
+    else:
+        print("dry run: nothing was sent; add --yes to send")
+    print(config.out)
+    return config.out
+
+
+def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str, Any]) -> None:
+    """Write the package beside its place, prove it there, then move it into place: all or nothing."""
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{config.out.name}.", dir=config.out.parent))
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {config.out.parent}: {error.strerror}; choose another --out"
+        ) from error
+    try:
+        model = scripted(actor_from_checkpoint(checkpoint), config.hold)
+        torch.jit.save(model, str(work / MODEL))
+        (work / PREPROCESSOR).write_text(inspect.getsource(Preprocessor))
+        score = prove(work, checkpoint, config)
+        _write_json(work / SCORE, score)
+        manifest = identity | {
+            "stage": checkpoint.stage,
+            "lineage": checkpoint.manifest["lineage"],  # of the checkpoint, oldest first
+            "code": checkpoint.manifest["code"],
+            "observation_layout": LAYOUT_HASH,
+            "official_score": score["mean"],
+            "versions": _versions(),
+            "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {file: _sha256(work / file) for file in (MODEL, PREPROCESSOR, SCORE)},
+        }
+        _write_json(work / MANIFEST, manifest)
+        os.chmod(work, 0o755)  # mkdtemp's own is for the owner only
+        if config.out.exists():
+            config.out.rmdir()
+        shutil.move(work, config.out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def actor_from_checkpoint(checkpoint: checkpoints.Checkpoint) -> Actor:
+    """The PyTorch actor of a converted or fine-tuned checkpoint, held against the golden pairs."""
+    actor = Actor()
+    names = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
+    actor.load_state_dict({name: torch.from_numpy(checkpoint.arrays[f"actor.{name}"]) for name in names})
+    with torch.no_grad():
+        actions = actor(torch.from_numpy(checkpoint.golden_obs)).numpy()
+    difference = float(np.abs(actions - checkpoint.golden_actions).max())
+    if not difference <= checkpoints.GOLDEN_TOLERANCE:
+        raise UserError(
+            f"checkpoint {checkpoint.path}: in PyTorch its policy differs from its golden actions by "
+            f"{difference:.1e}, more than {checkpoints.GOLDEN_TOLERANCE:.0e}; convert it again"
+        )
+    return actor
+
+
+# --- the proof --------------------------------------------------------------------------------------
+
+
+class SubmittedTorque(gym.Wrapper):
+    """The official environment, driven by the submitted model, whatever torque it is given.
+
+    The given torque (12,) in N m is our own control's for the same observation; the largest difference
+    between the two is kept.
+    """
+
+    def __init__(self, env: gym.Env, manager):
+        super().__init__(env)
+        self.manager = manager
+        self.max_difference_nm = 0.0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.obs, self.info = self.env.reset(seed=seed, options=options)
+        return self.obs, self.info
+
+    def step(self, action):
+        submitted_nm = self.manager.get_action(self.obs, self.info)[0]
+        difference_nm = np.abs(submitted_nm - action).max()
+        self.max_difference_nm = float(np.maximum(self.max_difference_nm, difference_nm))  # keeps a NaN
+        self.obs, reward, terminated, truncated, self.info = self.env.step(submitted_nm)
+        return self.obs, reward, terminated, truncated, self.info
+
+
+def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> dict[str, Any]:
+    """Score the two files with the SDK and hold the result against our own; `UserError` if they differ."""
+    sdk, official = _import_sdk(), _import_official()
+    policy = policy_from_arrays(checkpoint.arrays)
+    tasks = {}
+    for task in c.TASKS:
+        print(f"{task}: {config.episodes} episodes in the SDK's benchmark, and again in our own runner")
+        env = official.make(task)
+        scores, seconds, seeds, manager = sdk_benchmark(sdk, package, env, task, config)
+        if seeds != [official.match_seed(config.seed, i) for i in range(config.episodes)]:
+            raise UserError("the SDK drew other seeds than envs/official.py: use the pinned sai-rl")
+        replay, hold = SubmittedTorque(env, manager), _hold_steps(config)
+        replayed = [official.run_episode(replay, task, policy, seed, hold=hold) for seed in seeds]
+        env.close()
+        tasks[task] = {
+            "mean": float(np.mean(scores)),
+            "scores": scores,
+            "seeds": seeds,
+            "steps": [result.steps for result in replayed],
+            "same_torques_max_difference": _max_difference(scores, [result.score for result in replayed]),
+            "torque_max_difference_nm": replay.max_difference_nm,
+        }
+        # The SDK does not count an episode's last step.
+        lengths_agree = np.allclose(seconds, [(result.steps - 1) * c.PHYSICS_DT_S for result in replayed])
+        if not (tasks[task]["same_torques_max_difference"] <= SCORE_TOLERANCE and lengths_agree):
+            raise UserError(
+                f"task '{task}': the SDK's benchmark scored {scores}, our runner with the same torques "
+                f"{[result.score for result in replayed]}: one of the two has changed; use the pinned sai-rl "
+                "and sai-mujoco, then report this"
+            )
+        if not replay.max_difference_nm <= TORQUE_TOLERANCE_NM:
+            raise UserError(
+                f"task '{task}': the submitted model's torque differs from our own control's by "
+                f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: "
+                "models/submission_model.py and envs/pd.py disagree, so neither can be trusted; report this"
+            )
+    if config.hold:
+        _add_evaluation(tasks, policy, official)
+    return {
+        "mean": float(np.mean([result["mean"] for result in tasks.values()])),
+        "seed": config.seed,
+        "episodes_per_task": config.episodes,
+        "hold_physics_steps": _hold_steps(config),
+        "tasks": tasks,
+    }
+
+
+def sdk_benchmark(
+    sdk: SimpleNamespace, package: Path, env: gym.Env, task: str, config: Config
+) -> tuple[list[float], list[float], list[int], Any]:
+    """Scores, lengths in seconds and seeds of one task's episodes, by the SDK; and its loaded model."""
+    with _environment_variable("AUTO_APPROVE_CUSTOM_EVAL", "true"):  # the evaluation function is our own
+        factory = sdk.make_env_factory(sdk_task(sdk, task), use_custom_eval=True, competition_id="dry run")
+        try:
+            manager = sdk.ModelManager(
+                env=env,  # read for its spaces only; the benchmark makes its own
+                model=str(package / MODEL),
+                model_type="pytorch",
+                preprocessor_class=str(package / PREPROCESSOR),
+            )
+            episodes, _, seeds = sdk.run_benchmark(
+                factory, get_actions=manager.get_action, num_envs=config.episodes, seed=config.seed
+            )
+        except sdk.SAIError as error:
+            cause = error.__cause__ or error
+            raise UserError(f"task '{task}': the SDK refused the package: {_one_line(cause)}") from error
+    return [e["score"] for e in episodes], [e["duration"] for e in episodes], seeds, manager
+
+
+def sdk_task(sdk: SimpleNamespace, task: str):
+    """The SDK's description of one of our tasks, with the official score as its evaluation function."""
+    version = importlib.metadata.version("sai-mujoco")
+    environment = sdk.EnvironmentType(
+        id=task,
+        name=task,
+        gymId=c.GYM_ID[task],
+        type="gymnasium",
+        actionType="continuous",
+        package=sdk.PackageType(id="sai_mujoco", name="sai_mujoco", version=version),
+    )
+    return sdk.TaskType(
+        id=task,
+        environment=environment,
+        evaluationFn=evaluation_source(task),
+        index=c.TASKS.index(task),
+        totalTaskCount=c.NUM_TASKS,
+    )
+
+
+def evaluation_source(task: str) -> str:
+    """The official score as the platform keeps it: source of `evaluation_fn(env, eval_state)`."""
+    return f"""
+def evaluation_fn(env, eval_state):
+    if not (eval_state["terminated"] or eval_state["truncated"]):
+        return 0.0, eval_state
+    raw = dict(env.compute_reward(), steps=1.0)
+    weights = {WEIGHTS[task]!r}
+    return sum(weight * float(raw.get(name, 0.0)) for name, weight in weights.items()), eval_state
+"""
+
+
+def _add_evaluation(tasks: dict[str, dict], policy, official) -> None:
+    """Add what `evaluate.py` gives for the same seeds: our float64 control by itself, free to drift away."""
+    episodes = [official.Episode(task, seed) for task in tasks for seed in tasks[task]["seeds"]]
+    results = official.run_episodes(policy, episodes)
+    for task, entry in tasks.items():
+        own = [result.score for result in results if result.task == task]
+        entry["evaluate_mean"] = float(np.mean(own))
+        entry["evaluate_scores"] = own
+        entry["evaluate_max_difference"] = _max_difference(entry["scores"], own)
+
+
+# --- sending ----------------------------------------------------------------------------------------
+
+
+def send(package: Path, competition: str, name: str) -> None:
+    """Send the two files with the SDK's client and keep the platform's answer; `UserError` if it fails."""
+    receipt = package / RECEIPT
+    if receipt.exists():
+        raise UserError(f"{receipt}: this package was sent already, and the platform refuses a model twice")
+    sdk = _import_sdk()
+    # Where a newer version exists the SDK offers to install it, which would break the pinned environment.
+    sdk.PackageControl._ask_user_for_installation = lambda *args, **kwargs: False
+    try:
+        client = sdk.SAIClient()
+        _check_tasks(client.load_competition(competition), competition)
+        answer = client.submit(
+            name,
+            model=str(package / MODEL),
+            model_type="pytorch",
+            preprocessor_class=str(package / PREPROCESSOR),
+        )
+    except UserError:
+        raise
+    # Whatever the client raises must not become a traceback: its frames hold the request's headers.
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"could not send {package} to '{competition}': {_one_line(error)}; the package is complete, "
+            "try again with the same command"
+        ) from None
+    _write_json(receipt, answer.model_dump() | {"sent_utc": datetime.now(UTC).isoformat(timespec="seconds")})
+    print(f"sent: submission {answer.id}, status {answer.status}; the answer is in {receipt}")
+
+
+def _check_tasks(tasks: list, competition: str) -> None:
+    """Refuse a competition whose tasks are not ours in our order: the one-hot would mean something else."""
+    expected = [c.GYM_ID[task] for task in c.TASKS]
+    found = [task.environment.gymId for task in tasks]
+    if found != expected:
+        raise UserError(
+            f"competition '{competition}' has the tasks {found}, but the policy was trained for {expected}: "
+            "choose the right one with --competition"
+        )
+
+
+# --- the platform's SDK and environments, imported late ------------------------------------------------
+
+
+def _import_sdk() -> SimpleNamespace:
+    """The parts of `sai_rl` used here, imported without its hook that prints local variables on a crash."""
+    try:
+        with mock.patch("rich.traceback.install"):
+            from sai_rl import SAIClient
+            from sai_rl.benchmark import run_benchmark
+            from sai_rl.env import make_env_factory
+            from sai_rl.error import SAIError
+            from sai_rl.model import ModelManager
+            from sai_rl.package import PackageControl
+            from sai_rl.types import EnvironmentType, PackageType, TaskType
+        return SimpleNamespace(**locals())
+    except ImportError as error:
+        raise UserError(f"cannot import the platform's SDK: {_one_line(error)}; install sai-rl") from error
+    except OSError as error:
+        raise UserError(
+            f"the platform's SDK cannot write its settings: {_one_line(error)}; "
+            "set HOME to a writable directory"
+        ) from error
+
+
+def _import_official():
+    """`envs.official`, whose import of mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
+    try:
+        from envs import official
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"cannot import the official environments with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: "
+            f"{_one_line(error)}; nothing is rendered here, so set MUJOCO_GL=disable"
+        ) from error
+    return official
+
+
+@contextlib.contextmanager
+def _environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the block, also for the processes started in it."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+# --- checks, files and text ---------------------------------------------------------------------------
+
+
+def _hold_steps(config: Config) -> int:
+    return c.PHYSICS_STEPS_PER_ACTION if config.hold else 1
+
+
+def _check_config(config: Config) -> None:
+    """Refuse at once what would only fail after the proof."""
+    if config.episodes < 1:
+        raise UserError(f"--episodes {config.episodes}: at least one episode per task is needed")
+    if not 0 <= config.seed < 2**256:
+        raise UserError(f"--seed {config.seed}: the platform's seeds are 0 to 2^256 - 1")
+    if config.yes and not os.environ.get(KEY_VARIABLE):
+        raise UserError(f"no API key: set {KEY_VARIABLE} to the key of your account, or leave out --yes")
+
+
+def _is_vacant(path: Path) -> bool:
+    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+
+
+def _check_same_package(out: Path, identity: dict[str, Any]) -> None:
+    """Raise `UserError` unless a directory holds the whole package that would be written now."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+        is_same = all(manifest[key] == value for key, value in identity.items())
+        is_whole = all(_sha256(out / file) == digest for file, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_same = is_whole = False
+    if not (is_same and is_whole):
+        raise UserError(
+            f"{out} holds something else than this package: nothing was touched; "
+            "choose another --out, or move it away"
+        )
+
+
+def _max_difference(a: list[float], b: list[float]) -> float:
+    return float(np.max(np.abs(np.subtract(a, b))))
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in _PACKAGES}
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception in one line, without the API key should a server have sent it back."""
+    text = " ".join(f"{type(error).__name__} {error}".split())[:300]
+    key = os.environ.get(KEY_VARIABLE)
+    return text.replace(key, "***") if key else text
+
+
+def _print_score(score: dict[str, Any]) -> None:
+    print(f"\n{'task':<10}{'SDK':>9}{'replayed':>12}{'torque N m':>12}{'evaluate':>10}{'apart':>10}")
+    for task, entry in score["tasks"].items():
+        line = f"{task:<10}{entry['mean']:>9.3f}{entry['same_torques_max_difference']:>12.1e}"
+        line += f"{entry['torque_max_difference_nm']:>12.1e}"
+        if "evaluate_mean" in entry:
+            line += f"{entry['evaluate_mean']:>10.3f}{entry['evaluate_max_difference']:>10.1e}"
+        print(line)
+    print(f"{'mean':<10}{score['mean']:>9.3f}")
+    print(
+        f"{score['episodes_per_task']} episodes a task, seed {score['seed']}. Largest differences: of a score, with "
+        "the same torques\nin our own runner (replayed); of a torque, from our own control's in the same state "
+        "(torque);\nof a score, from evaluate.py's, whose rounding is another, so that episodes drift apart "
+        "(apart).\n"
+    )
+
+
+def _print_contents(config: Config, name: str) -> None:
+    print(f"to send: submission '{name}' to competition '{config.competition}', as a PyTorch model")
+    for file in (MODEL, PREPROCESSOR):
+        path = config.out / file
+        print(f"  {path}: {path.stat().st_size:,} bytes, sha256 {_sha256(path)}")
+
+
+if __name__ == "__main__":
+    errors.run(main, tyro.cli(Config, description=__doc__))
