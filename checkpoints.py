@@ -116,8 +116,8 @@ def save(
     """Write a checkpoint and return its path; either all of it is there afterwards, or what was before.
 
     `steps` are policy actions so far; `parent` is the checkpoint of the stage before (not this run's last
-    save); `extra_arrays` maps a name such as "optimizer" to finite arrays of any number type or bool. `config`
-    and `metrics` may hold paths, tuples and NumPy scalars; numbers that are not finite become null.
+    save); `extra_arrays` maps a name such as "optimizer" to finite arrays of any number type or bool.
+    `config` and `metrics` may hold paths, tuples and NumPy scalars; numbers not finite become null.
 
     `overwrite` is for the periodic saves of one run: it replaces a checkpoint of the same stage, and keeps
     it as `<path>.previous`. Without it a directory that holds anything is a `UserError`. So is whatever
@@ -158,6 +158,7 @@ def save(
         raise ValueError("config and metrics are too large for a manifest: use extra_arrays")
     for name, table in tables.items():
         _check_table(target, name, table)
+    _check_names(target, stage, tables[_ARRAYS])
     _check_golden(target, tables[_ARRAYS], tables[_GOLDEN])
     with _os_errors(f"write checkpoint {target}", "the last one is kept; " + _OTHER_PLACE):
         _check_target(target, stage, parent, overwrite)
@@ -264,10 +265,11 @@ def _names_our_format(path: Path) -> bool:
 
 
 def _holds_only_our_files(path: Path) -> bool:
-    return _is_directory(path) and all(
-        entry.is_file() and (entry.name == MANIFEST or _ARRAY_FILE.fullmatch(entry.name))
-        for entry in path.iterdir()
-    )
+    return _is_directory(path) and all(map(_is_our_file, path.iterdir()))
+
+
+def _is_our_file(path: Path) -> bool:
+    return path.is_file() and bool(path.name == MANIFEST or _ARRAY_FILE.fullmatch(path.name))
 
 
 def _is_directory(path: Path) -> bool:
@@ -283,16 +285,19 @@ def _beside(target: Path, suffix: str) -> Path:
     return target.parent / f"{target.name}.{suffix}"
 
 
-def _manifest_last(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir(), key=lambda entry: entry.name == MANIFEST)
+def _in_order(directory: Path) -> list[Path]:
+    """Arrays, manifest, whatever else: a directory filled in this order, or emptied in the reverse one, is
+    at every instant known as ours, and a checkpoint only if it is whole.
+    """
+    entries = directory.iterdir()
+    return sorted(entries, key=lambda entry: (entry.name == MANIFEST) + 2 * (not _is_our_file(entry)))
 
 
 def _remove(directory: Path) -> None:
-    """Delete a directory of ours, manifest last: what a kill leaves in between is still known as ours."""
     if not directory.exists():
         return
-    for entry in _manifest_last(directory):
-        if entry.is_dir() and not entry.is_symlink():
+    for entry in reversed(_in_order(directory)):
+        if _is_directory(entry):
             shutil.rmtree(entry)
         else:
             os.unlink(entry)
@@ -300,14 +305,14 @@ def _remove(directory: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename a directory to a name that is free; where the volume cannot, copy it, manifest last."""
+    """Rename a directory to a name that is free; where the volume cannot, copy it."""
     try:
         os.rename(source, target)
     except OSError as error:
         if error.errno not in _NO_RENAME:
             raise
         os.mkdir(target)
-        for entry in _manifest_last(source):
+        for entry in _in_order(source):
             if entry.is_dir():
                 shutil.copytree(entry, target / entry.name)
             else:
@@ -377,6 +382,7 @@ def load(path: Path | str, stages: tuple[str, ...] | None = None, verify: bool =
         if name in (_ARRAYS, _GOLDEN):
             tables[name] = _parse_table(path, name, content)
     arrays, golden = tables[_ARRAYS], tables[_GOLDEN]
+    _check_names(path, manifest["stage"], arrays)
     if verify:
         _check_golden(path, arrays, golden)
     return Checkpoint(path, manifest["stage"], arrays, golden["obs"], golden["actions"], manifest, digest)
@@ -416,10 +422,8 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         if not (path / MANIFEST).is_file():
             raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}; check the path")
         with open(path / MANIFEST, "rb") as file:
-            raw = file.read(_MANIFEST_LIMIT_BYTES + 1)
+            raw = file.read(_MANIFEST_LIMIT_BYTES)  # a longer one is cut, and so damaged
     try:
-        if len(raw) > _MANIFEST_LIMIT_BYTES:
-            raise damaged
         manifest = json.loads(raw)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"{path} is no checkpoint: its {MANIFEST} is something else's; check the path")
@@ -444,10 +448,10 @@ def _read_content(path: Path, manifest: dict[str, Any], name: str) -> bytes:
 
 
 def _parse_table(path: Path, name: str, content: bytes) -> dict[str, np.ndarray]:
-    """The arrays in a file's bytes, checked, and copied so that they can be written to."""
+    """The arrays in a file's bytes, checked."""
     try:
         # KeyError: a number format that NumPy lacks.
-        table = {key: value.copy() for key, value in safetensors.numpy.load(content).items()}
+        table = safetensors.numpy.load(content)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"checkpoint {path}: {name} is no safetensors file; write it again") from error
     _check_table(path, name, table)
@@ -515,6 +519,12 @@ def _check_table(path: Path, name: str, table: dict[str, np.ndarray]) -> None:
             "actions": ((GOLDEN_PAIRS, c.NUM_JOINTS), "float32"),
         }:
             raise UserError(f"checkpoint {path}: {name} does not hold 16 pairs; {_AGAIN}")
+
+
+def _check_names(path: Path, stage: str, arrays: dict[str, np.ndarray]) -> None:
+    """Raise `UserError` if a stage's arrays have the names of another (`models/numpy_policy.py`)."""
+    if ("actor.input.kernel" in arrays) != (stage == "pretrained"):
+        raise UserError(f"checkpoint {path}: {_ARRAYS} holds no {stage!r} policy; {_AGAIN}")
 
 
 def _check_golden(path: Path, arrays: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> None:

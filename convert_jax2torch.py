@@ -82,7 +82,7 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             converted[f"{prefix}.{layer}.{_TORCH_NAME[kind]}"] = value.T  # a vector is its own transpose
     for kind in ("weight", "bias"):  # the first twelve outputs are the means; log_std is dropped
         converted[f"actor.output.{kind}"] = converted[f"actor.output.{kind}"][: c.NUM_JOINTS]
-    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in converted.items()}
+    return {name: np.array(value, dtype=np.float32, order="C") for name, value in converted.items()}
 
 
 def _network(arrays: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
@@ -138,8 +138,8 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def check_log_std(log_std: np.ndarray) -> dict:
     """Report of raw log_std (N, 12) by joint; raises `UserError` if 1 % or more lie outside [-5, 2]."""
     low, high = LOG_STD_RANGE
-    outside = float(np.mean((log_std < low) | (log_std > high)))
-    if not outside < MAX_LOG_STD_OUTSIDE:
+    outside = 1.0 - float(np.mean((low <= log_std) & (log_std <= high)))  # NaN is outside
+    if outside >= MAX_LOG_STD_OUTSIDE:
         raise UserError(
             f"{outside:.1%} of the policy's log_std lie outside [{low:g}, {high:g}], from {log_std.min():.2f} "
             f"to {log_std.max():.2f}: its training diverged; take an earlier checkpoint or train longer"

@@ -82,19 +82,20 @@ def evaluate(
         workers,
         progress=lambda arriving: tqdm(arriving, total=len(to_run), desc="episodes", unit="ep"),
     )
-    tasks, resampled_means = {}, []
-    for task in c.TASKS:
-        of_task = [result for result in results if result.task == task]
-        resampled_means.append(_resampled_means(np.array([result.score for result in of_task])))
-        tasks[task] = {"episodes": episodes} | _summary(of_task) | {"ci95": _interval(resampled_means[-1])}
-        tasks[task]["results"] = [asdict(result) for result in of_task]
+    tasks = {
+        task: {"episodes": episodes} | _summary([result for result in results if result.task == task])
+        for task in c.TASKS
+    }
+    resampled_means = _resampled_means([_scores(tasks[task]) for task in c.TASKS])
+    for task, means in zip(c.TASKS, resampled_means):
+        tasks[task]["ci95"] = _interval(means)
     return {
         "backend": backend,
         "seed": seed,
         "start_noise_rad": start_noise_rad,
         "confidence_interval": CONFIDENCE_INTERVAL,
         "mean": float(np.mean([tasks[task]["mean"] for task in c.TASKS])),
-        "ci95": _interval(np.mean(resampled_means, axis=0)),
+        "ci95": _interval(resampled_means.mean(axis=0)),
         "tasks": tasks,
     }
 
@@ -131,6 +132,7 @@ def _summary(results: list[EpisodeResult]) -> dict:
         "mean_ball_distance_min_m": mean("ball_distance_min_m"),
         "terms": {name: float(np.mean(values)) for name, values in terms.items()},
         "terms_std": {name: _std(values) for name, values in terms.items()},
+        "results": [asdict(result) for result in results],
     }
 
 
@@ -139,10 +141,20 @@ def _std(values: list[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _resampled_means(scores: np.ndarray) -> np.ndarray:
-    """Means (2000,) of bootstrap resamples of (N,) scores; a fixed stream, so that a result repeats."""
-    rng = np.random.default_rng(0)
-    return np.array([scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(_RESAMPLES)])
+def _scores(of_task: dict) -> np.ndarray:
+    """Scores (episodes,) of a task's summary, identical episodes repeated."""
+    return np.resize([result["score"] for result in of_task["results"]], of_task["episodes"])
+
+
+def _resampled_means(scores: list[np.ndarray]) -> np.ndarray:
+    """Means (tasks, 2000) of bootstrap resamples of the scores (N,) of each task.
+
+    A resample takes the same seeds in every task: episode i starts with the same joint noise in all three,
+    so their scores are not independent. A fixed stream, so that a result repeats.
+    """
+    count = len(scores[0])
+    samples = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+    return np.array([of_task[samples].mean(axis=1) for of_task in scores])
 
 
 def _interval(resampled_means: np.ndarray) -> list[float]:

@@ -11,10 +11,10 @@ Input: a converted or fine-tuned checkpoint. Output: a directory with
 
 Without `--yes` nothing leaves the machine. The proof: the SDK loads both files and plays the three
 official environments with the official score. The same torques are then played again in our own runner
-(`envs/official.py`): score and length must be equal. Along the way our float64 NumPy control says at every
-physics step which torque it would have given: the float32 module may differ by rounding only. What
-`evaluate.py` gives for the same seeds is reported beside it. It need not be equal: contacts are chaotic,
-so a difference in the seventh digit of a torque can grow into another ending.
+(`envs/official.py`): score and length must be equal. Along the way our own NumPy control says at every
+physics step which torque it would have given: the module may differ by rounding only. What `evaluate.py`
+gives for the same seeds is reported beside it; where the two round differently it need not be equal, since
+contacts are chaotic and a difference in the seventh digit of a torque can grow into another ending.
 
 With `--yes` the real client sends the two files. The API key is taken from the variable SAI_API_KEY by the
 SDK itself; we neither hold nor print it. The SDK writes a `.sai` directory into the home directory as soon
@@ -58,7 +58,7 @@ MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.
 RECEIPT = "submission.json"  # only after sending: what the platform answered
 KEY_VARIABLE = "SAI_API_KEY"
 SCORE_TOLERANCE = 1e-9  # same torques in the same environment: only the order of a sum may differ
-# Rounding of a float32 actor and PD law: some 1e-6 in an action, times gains of up to 200 N m/rad.
+# Rounding to float32: some 1e-6 in an action, times gains of up to 200 N m/rad.
 TORQUE_TOLERANCE_NM = 0.01
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "sai-mujoco", "sai-rl")
 
@@ -459,12 +459,10 @@ def _print_score(score: dict[str, Any]) -> None:
             line += f"{entry['evaluate_mean']:>10.3f}{entry['evaluate_max_difference']:>10.1e}"
         print(line)
     print(f"{'mean':<10}{score['mean']:>9.3f}")
-    print(
-        f"{score['episodes_per_task']} episodes a task, seed {score['seed']}. Largest differences: of a score, with "
-        "the same torques\nin our own runner (replayed); of a torque, from our own control's in the same state "
-        "(torque);\nof a score, from evaluate.py's, whose rounding is another, so that episodes drift apart "
-        "(apart).\n"
-    )
+    print(f"{score['episodes_per_task']} episodes a task, seed {score['seed']}. Largest differences:")
+    print("  replayed    of a score, from our own runner with the same torques")
+    print("  torque N m  of a torque, from our own control in the same state")
+    print("  apart       of a score, from evaluate.py: where it rounds differently, episodes drift apart\n")
 
 
 def _print_contents(config: Config, name: str) -> None:

@@ -69,7 +69,7 @@ class Config:
     learning_rate: float = 3e-4
     adam_b2: float = 0.95
     weight_decay: float = 1e-3
-    discount: float = 0.97
+    discount: float = 0.98
     target_tau: float = 0.01
     target_entropy: float = -6.0  # half the number of joints
     initial_temperature: float = 0.01

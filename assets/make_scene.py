@@ -1,6 +1,6 @@
 """Write `assets/mjx_scene.xml`: robot, ball, ground and goal with the official model's physical numbers.
 
-    python assets/make_scene.py            # rewrites assets/mjx_scene.xml
+    python -m assets.make_scene            # rewrites assets/mjx_scene.xml
 
 Input: the installed `sai-mujoco` (its compiled KickToTarget model). Output: an MJCF without meshes, which
 MuJoCo and MJX load anywhere. Every mass, inertia, joint, limit, motor and site is read from the compiled
@@ -12,7 +12,8 @@ model; what is ours is only which colliders are kept, and how the ground is writ
   box: `envs/scene.py` adds it there, and MJX goes without.
 * Thigh and shank cylinders become capsules of the same radius whose end spheres reach the same ends,
   because MJX has no box-cylinder pair. They meet the ball, the ground and the other leg.
-* Collisions are an explicit list of pairs: nothing else is ever tested.
+* Only these collide: ground with feet, shanks and ball; ball with every robot collider and the attacked
+  goal's front posts; feet and shanks among themselves.
 * Keeper, defenders and window are functions of time and geometry (`envs/tasks.py`), not bodies.
 """
 
@@ -32,14 +33,15 @@ THIGHS = ("Hip_Yaw_Left", "Hip_Yaw_Right")
 ROBOT_COLLIDERS = (*FEET, *SHANKS, *THIGHS, "Trunk")
 POSTS = ("left_post_south", "right_post_south", "crossbar_south")
 GROUND_PLANES = ("sai_logo1", "sai_logo2")
-PAIRS = (
-    *((plane, geom) for plane in GROUND_PLANES for geom in (*FEET, *SHANKS, "ball")),
-    *(("ball", geom) for geom in (*ROBOT_COLLIDERS, *POSTS)),
-    FEET,
-    SHANKS,
-    (FEET[0], SHANKS[1]),
-    (FEET[1], SHANKS[0]),
-)
+# Who collides with whom (MuJoCo: contype of one meets conaffinity of the other). Not by explicit pairs:
+# MJX 3.3.7 cannot read those under current JAX.
+GROUND, BALL, LEG = 1, 2, 4
+COLLISION_BITS = {  # geom: (contype, conaffinity)
+    **dict.fromkeys(GROUND_PLANES, (GROUND, 0)),
+    **dict.fromkeys((*FEET, *SHANKS), (LEG, GROUND | BALL | LEG)),
+    **dict.fromkeys((*THIGHS, "Trunk", *POSTS), (0, BALL)),
+    "ball": (BALL, GROUND),
+}
 
 
 def official_model() -> mujoco.MjModel:
@@ -219,18 +221,15 @@ def scene_xml(model: mujoco.MjModel) -> str:
 
     _add_body(world, model, model.body(ROBOT_PREFIX + "Trunk").id)
 
-    contact = ET.SubElement(root, "contact")
-    for geom1, geom2 in PAIRS:
-        ET.SubElement(contact, "pair", {"geom1": geom1, "geom2": geom2, "condim": "3", "friction": "1 1 0.005 0.0001 0.0001"})
     actuator = ET.SubElement(root, "actuator")
     for joint in c.JOINT_NAMES:
         ctrl_range = model.actuator(ROBOT_PREFIX + joint).ctrlrange
         ET.SubElement(actuator, "motor", {"name": joint, "joint": joint, "ctrlrange": _fmt(ctrl_range)})
     _add_sensors(root)
-    # Geoms collide only through the pairs above.
     for element in root.iter("geom"):
-        element.set("contype", "0")
-        element.set("conaffinity", "0")
+        contype, conaffinity = COLLISION_BITS[element.get("name")]
+        element.set("contype", str(contype))
+        element.set("conaffinity", str(conaffinity))
     ET.indent(root, space="  ")
     return ET.tostring(root, encoding="unicode") + "\n"
 

@@ -12,6 +12,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+import mujoco
 import numpy as np
 
 from envs import constants as c
@@ -21,6 +22,10 @@ from errors import UserError
 from preprocess.observation import OBS_SIZE, observe
 from rewards.finetune import Reading
 from rewards.official import score_terms
+
+
+# MuJoCo's warnings of NaN or huge numbers; a reset clears them.
+_DIVERGED = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 
 
 class LaneStep(NamedTuple):
@@ -45,49 +50,44 @@ class Lane:
         """Episode number e starts from `episode_seed(*seed_key, e)`."""
         self._task, self._seed_key, self._start_noise_rad = task, seed_key, start_noise_rad
         self._env = official.make(task)
-        self._validation_env: official.TaskIndex | None = None  # training must not lose its place
 
     def start(self, episode: int, actions: np.ndarray) -> tuple[np.ndarray, Reading]:
         """Begin an episode and play `actions` (n, 12) in it; observation and reading after the last."""
         self._reset(episode)
         for action in actions:
             self._hold(action)
-        return self._observe(), self._read()
+        self._now = self._observe(), self._read()
+        return self._now
 
     def step(self, action: np.ndarray) -> LaneStep:
         """Play one action (12,) in [-1, 1]."""
-        terminated, truncated = self._hold(action)
-        obs, reading, score, success = self._observe(), self._read(), 0.0, False
-        # A diverged simulation ends its episode; nothing of its broken numbers may reach the learner.
-        if not (np.isfinite(obs).all() and np.isfinite(reading).all()):
-            obs, reading = np.nan_to_num(obs, posinf=0.0, neginf=0.0), Reading(*np.nan_to_num(reading))
-            terminated, truncated = True, False
-        ended, length, fell = terminated or truncated, self._physics_steps, False
-        if ended:
-            score = float(np.nan_to_num(sum(score_terms(self._task, self._info["reward_terms"]).values())))
+        terminated, truncated, diverged = self._hold(action)
+        ended, length, score, fell, success = terminated or truncated or diverged, self._physics_steps, 0.0, False, False
+        # What a diverged simulation says must not reach the learner either: it keeps the last good numbers.
+        obs, reading = self._now if diverged else (self._observe(), self._read())
+        if ended and not diverged:
+            score = float(sum(score_terms(self._task, self._info["reward_terms"]).values()))
             fell = bool(self._env.unwrapped.robots[0].is_terminated())
             success = bool(self._info["success"])
+        self._now = obs, reading
+        if ended:
             self._reset(self._episode + 1)
+            self._now = self._observe(), self._read()
         return LaneStep(
             obs,
             reading,
-            terminated,
-            truncated,
+            terminated or diverged,
+            truncated and not diverged,
             score,
             length,
             fell,
             success,
-            self._observe() if ended else obs,
-            self._read() if ended else reading,
+            *self._now,
         )
 
     def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes in another environment; the training episode stays where it is."""
-        self._validation_env = self._validation_env or official.make(self._task)
-        return [
-            official.run_episode(self._validation_env, self._task, policy, seed, start_noise_rad)
-            for seed in seeds
-        ]
+        """Play and score whole episodes; the running one is lost, `start` brings it back."""
+        return [official.run_episode(self._env, self._task, policy, seed, start_noise_rad) for seed in seeds]
 
     def _reset(self, episode: int) -> None:
         self._episode, self._physics_steps = episode, 0
@@ -98,16 +98,23 @@ class Lane:
         """Joint positions and velocities (12,), which lead the official observation."""
         return self._obs[: c.NUM_JOINTS], self._obs[c.NUM_JOINTS : 2 * c.NUM_JOINTS]
 
-    def _hold(self, action: np.ndarray) -> tuple[bool, bool]:
-        """Ten physics steps, fewer if the episode ends: terminated, truncated."""
+    def _hold(self, action: np.ndarray) -> tuple[bool, bool, bool]:
+        """Ten physics steps, fewer if the episode ends: terminated, truncated, diverged.
+
+        On NaN or huge numbers MuJoCo itself starts again, from the model's zero pose and time zero, and the
+        official environment plays on. A learner must not see that jump: we end the episode there.
+        """
+        data = self._env.unwrapped.sim.data._data
         target_rad = pd.joint_target_rad(action)
         for _ in range(c.PHYSICS_STEPS_PER_ACTION):
             torque_nm = pd.torque_nm(target_rad, *self._joints(), np)
             self._obs, _, terminated, truncated, self._info = self._env.step(torque_nm)
             self._physics_steps += 1
+            if any(data.warning[kind].number for kind in _DIVERGED):
+                return False, False, True
             if terminated or truncated:
                 break
-        return terminated, truncated and not terminated
+        return terminated, truncated and not terminated, False
 
     def _observe(self) -> np.ndarray:
         return observe(*self._joints(), self._info, np).astype(np.float32)
@@ -183,12 +190,16 @@ class OfficialLanes:
         return batch
 
     def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Score a policy, (87,) -> (12,), on every seed in every task; results by task, then seed."""
+        """Score a policy, (87,) -> (12,), on every seed in every task; results by task, then seed.
+
+        Every lane is afterwards where it was: its running episode is played again.
+        """
         lanes_of = {task: [i for i, other in enumerate(self.task) if other == task] for task in c.TASKS}
         for lanes in lanes_of.values():
             for share, lane in enumerate(lanes):
                 self._connections[lane].send(("validate", policy, seeds[share :: len(lanes)], start_noise_rad))
         results = [result for lane in range(len(self.task)) for result in self._answer(lane)]
+        self._start()
         order = {(task, seed): i for i, (task, seed) in enumerate((t, s) for t in c.TASKS for s in seeds)}
         return sorted(results, key=lambda result: order[result.task, result.seed])
 

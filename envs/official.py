@@ -26,7 +26,7 @@ import sai_mujoco  # noqa: F401  registers the environments
 from envs import constants as c
 from envs import pd, scene
 from errors import UserError
-from preprocess.observation import observe
+from preprocess.submission import Preprocessor
 from rewards.official import score_terms
 
 # (87,) float32 observation -> (12,) action in [-1, 1]; None stands for zero torque.
@@ -165,18 +165,15 @@ def run_episode(
             ball_distance_min_m = min(ball_distance_min_m, _horizontal_distance_m(imu_pos_w, ball_centre_w))
             if policy is not None:
                 # float32, as the submitted preprocessor returns it
-                action = policy(observe(joint_pos_rad, joint_vel_rad_s, info, np).astype(np.float32))
+                action = policy(Preprocessor().modify_state(obs, info)[0])
                 _check_action(action, task, seed, steps)
-                target_rad = pd.joint_target_rad(action)
         if policy is not None:
-            torque_nm = pd.torque_nm(target_rad, joint_pos_rad, joint_vel_rad_s, np)
+            torque_nm = pd.platform_torque_nm(action, joint_pos_rad, joint_vel_rad_s)
         obs, _, terminated, truncated, info = env.step(torque_nm)
         steps += 1
-        first, second = data.contact.geom[: data.ncon].T
-        was_touching = touching
-        touching = bool(
-            np.any((is_robot_geom[first] & (second == ball_geom)) | (is_robot_geom[second] & (first == ball_geom)))
-        )
+        one, other = data.contact.geom.T  # (2, contacts)
+        with_robot = (is_robot_geom[one] & (other == ball_geom)) | (is_robot_geom[other] & (one == ball_geom))
+        was_touching, touching = touching, bool(with_robot.any())
         touches += touching and not was_touching
 
     # The platform asks once more after the environment's own call in `step`. That leaves `ball_hits` as it
@@ -279,4 +276,5 @@ _env_of = functools.cache(make)  # one environment per task and process: making 
 
 
 def _run_in_worker(episode: Episode) -> EpisodeResult:
-    return run_episode(_env_of(episode.task), episode.task, _worker["policy"], episode.seed, _worker["start_noise_rad"])
+    task, seed = episode
+    return run_episode(_env_of(task), task, _worker["policy"], seed, _worker["start_noise_rad"])

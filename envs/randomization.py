@@ -1,7 +1,8 @@
 """Domain randomisation in three levels (level 0 is none), drawn anew at every reset.
 
-Each number acts where it has an effect: contact friction is set on the contact pairs (the larger of two
-geoms' would win otherwise), and damping means the PD layer's, because the joints' own is zero.
+Each number acts where it has an effect. A contact takes the larger friction of its two geoms, so the
+ground's is set low and each robot geom's and the ball's own decides. Damping means the PD layer's, because
+the joints' own is zero.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,10 @@ import numpy as np
 
 from envs import constants as c
 from errors import UserError
+
+
+GROUND_GEOMS = ("sai_logo1", "sai_logo2", "pitch")
+_GROUND_FRICTION = 0.01
 
 
 class Level(NamedTuple):
@@ -38,7 +43,7 @@ class Physics(NamedTuple):
 
     body_mass: np.ndarray  # (nbody,)
     body_inertia: np.ndarray  # (nbody, 3)
-    pair_friction: np.ndarray  # (npair, 5)
+    geom_friction: np.ndarray  # (ngeom, 3)
     actuator_biasprm: np.ndarray  # (nu, 10)
 
 
@@ -56,11 +61,10 @@ class Randomizer:
         self.level = level(level_index)
         self.nominal = Physics(*(np.array(getattr(model, name)) for name in Physics._fields))
         self.ball_body = model.body("soccer_ball").id
-        names = [model.pair(i) for i in range(model.npair)]
-        geoms = [{model.geom(int(p.geom1[0])).name, model.geom(int(p.geom2[0])).name} for p in names]
-        feet = {"left_foot_link", "right_foot_link"}
-        self.ball_pairs = np.array(["ball" in pair for pair in geoms])
-        self.foot_pairs = np.array([bool(pair & feet) and "ball" not in pair for pair in geoms])
+        names = [model.geom(i).name for i in range(model.ngeom)]
+        self.ball_geom = names.index("ball")
+        self.feet = [names.index(name) for name in ("left_foot_link", "right_foot_link")]
+        self.ground = [names.index(name) for name in names if name in GROUND_GEOMS]
 
     def draw(self, rng: np.random.Generator) -> Physics:
         """One robot, ball and ground."""
@@ -71,11 +75,11 @@ class Randomizer:
 
         mass = factor(level_.mass, len(nominal.body_mass))
         mass[self.ball_body] = factor(level_.ball_mass)
-        friction = np.full(len(nominal.pair_friction), factor(level_.friction))
-        friction = np.where(self.ball_pairs, friction * factor(level_.ball_friction), friction)
-        friction = np.where(self.foot_pairs, friction * factor(level_.foot_friction), friction)
-        pair_friction = nominal.pair_friction.copy()
-        pair_friction[:, :2] *= friction[:, None]  # the sliding directions
+        friction = nominal.geom_friction.copy()
+        friction[:, 0] *= factor(level_.friction)  # column 0 is sliding
+        friction[self.ball_geom, 0] *= factor(level_.ball_friction)
+        friction[self.feet, 0] *= factor(level_.foot_friction)
+        friction[self.ground, 0] = _GROUND_FRICTION
         bias = nominal.actuator_biasprm.copy()
         bias[:, 2] *= factor(level_.damping, c.NUM_JOINTS)  # -kd
-        return Physics(nominal.body_mass * mass, nominal.body_inertia * mass[:, None], pair_friction, bias)
+        return Physics(nominal.body_mass * mass, nominal.body_inertia * mass[:, None], friction, bias)

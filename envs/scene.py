@@ -19,7 +19,6 @@ SCENE_PATH = Path(__file__).parent.parent / "assets" / "mjx_scene.xml"
 _PITCH_RADIUS_M = 15.0
 _PITCH_HALF_HEIGHT_M = 0.5
 _PITCH_TOP_Z_M = 0.010
-_PITCH_PAIRS = ("left_foot_link", "right_foot_link", "ball")
 
 
 class Addresses(NamedTuple):
@@ -97,12 +96,10 @@ def load_native_motor_model() -> mujoco.MjModel:
         type=mujoco.mjtGeom.mjGEOM_CYLINDER,
         size=[_PITCH_RADIUS_M, _PITCH_HALF_HEIGHT_M, 0.0],
         pos=[0.0, 0.0, _PITCH_TOP_Z_M - _PITCH_HALF_HEIGHT_M],
-        contype=0,
-        conaffinity=0,
+        contype=spec.geom("sai_logo1").contype,
+        conaffinity=spec.geom("sai_logo1").conaffinity,
         rgba=[0.0, 0.0, 0.0, 0.0],
     )
-    for geom in _PITCH_PAIRS:
-        spec.add_pair(geomname1="pitch", geomname2=geom, condim=3, friction=[1.0, 1.0, 0.005, 0.0001, 0.0001])
     return spec.compile()
 
 

@@ -164,7 +164,8 @@ class Tasks:
         ball_from_robot = distance * ahead + lateral * aside
         ball_spot = jnp.array([c.PENALTY_BALL_X_M, 0.0])
         ball_xy = jnp.where(is_target, robot_xy + ball_from_robot, ball_spot)
-        robot_xy = ball_xy - ball_from_robot
+        at_spot = official & ~is_target  # exact: the official heading is 3.14, not pi
+        robot_xy = jnp.where(at_spot, spot, ball_xy - ball_from_robot)
 
         # Target: official draws until inside the field (first valid of 8), or nearer and more in front.
         side = jnp.where(uniform(0.0, 1.0, (8,)) > 0.5, 1.0, -1.0)

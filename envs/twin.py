@@ -334,6 +334,8 @@ class TwinEnv:
 
         A lane stops at the physics step at which its episode ends.
         """
+        if num_steps < 1:
+            raise UserError(f"a target cannot be held for {num_steps} physics steps: give 1 or more")
         lanes, target = self._checked_action(joint_target_rad, "joint target")
 
         def torque_nm(state: np.ndarray, part: slice) -> np.ndarray:
@@ -379,7 +381,7 @@ class TwinEnv:
             truncated = self.steps[lanes] + nth + 1 >= c.EPISODE_PHYSICS_STEPS
             ended = terminated | truncated
             last = np.where(ended.any(axis=0), ended.argmax(axis=0), num_steps - 1)
-            reward[lanes] = np.where(nth <= last, self._total_reward(terms), 0.0).sum(axis=0)
+            reward[lanes] = np.sum(self._total_reward(terms), axis=0, dtype=np.float64, where=nth <= last)
 
             self._state[lanes], self._sensors[lanes] = states[last, lane], sensors[last, lane]
             self.steps[lanes] += last + 1
@@ -416,9 +418,9 @@ class TwinEnv:
                 worker.advance(values[part], state, ctrl, states[s, part], sensors[s, part])
                 state = states[s, part].copy()
 
-        edges = np.linspace(0, len(lanes), min(len(self._workers), len(lanes)) + 1).astype(int)
-        parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        if len(parts) == 1:
+        num_parts = min(len(self._workers), len(lanes))
+        parts = [slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)]
+        if num_parts == 1:
             play(self._workers[0], parts[0])
         else:
             list(self._pool.map(play, self._workers, parts))
@@ -506,10 +508,10 @@ class TwinEnv:
 
         Written as that full product, because BLAS adds in an order of its own.
         """
-        jacobian = np.zeros((self.num_lanes, 3, self._qvel.stop - self._qvel.start))
+        jacobian = np.zeros((self.num_lanes, 3, self.qvel.shape[1]))
         for i, axis in enumerate("XYZ"):
             jacobian[:, :, dofs.start + 3 + i] = self._read(self._sensors, f"twin:{body}_{axis}")
-        return _times_qvel(jacobian, self._state[:, self._qvel])
+        return _times_qvel(jacobian, self.qvel)
 
     def _info(self) -> dict[str, np.ndarray]:
         """The official `info` of all lanes, with the official one-step lag, and `task_index`.
@@ -518,10 +520,9 @@ class TwinEnv:
         the bodies' origins, so the official Jacobian's lever arm is zero, exactly.
         """
         read = functools.partial(self._read, self._sensors)
-        qvel = self._state[:, self._qvel]
         robot, ball = read("twin:imu_pos"), read("twin:ball_pos")
-        robot_vel = qvel[:, self._root_v][:, :3]
-        ball_vel = qvel[:, self._ball_v][:, :3]
+        robot_vel = self.qvel[:, self._root_v][:, :3]
+        ball_vel = self.ball_site_velocity_w
         south, north = self._source.goal_pos_w
         info = dict(self._constant_info)
         info |= {
@@ -536,7 +537,7 @@ class TwinEnv:
             "robot_accelerometer": read("robot_0:accelerometer").astype(np.float32),
             "robot_gyro": read("robot_0:torso_gyro").astype(np.float32),
             "robot_velocimeter": read("robot_0:torso_vel").astype(np.float32),
-            "robot_quat": np.roll(read("robot_0:torso_quat"), -1, axis=1).astype(np.float32),  # to x, y, z, w
+            "robot_quat": read("robot_0:torso_quat")[:, [1, 2, 3, 0]].astype(np.float32),  # to x, y, z, w
         }
         for team, keeper in enumerate(_KEEPERS):
             pos_rel, vel_rel = np.zeros_like(robot), np.zeros_like(robot)  # there is no keeper: zeros
@@ -590,6 +591,16 @@ class TwinEnv:
         return sum(self.score_terms().values())
 
     @property
+    def qpos(self) -> np.ndarray:
+        """(B, nq) view of the state in the official order; what is written takes effect at the next step."""
+        return self._state[:, self._qpos]
+
+    @property
+    def qvel(self) -> np.ndarray:
+        """(B, nv) view, like `qpos`."""
+        return self._state[:, self._qvel]
+
+    @property
     def imu_pos_w(self) -> np.ndarray:
         """(B, 3) m, with the official lag."""
         return self._read(self._sensors, "twin:imu_pos")
@@ -602,20 +613,20 @@ class TwinEnv:
     @property
     def ball_site_velocity_w(self) -> np.ndarray:
         """(B, 3) m/s: what the official score sees; the site turns with the ball."""
-        return self._state[:, self._qvel][:, self._ball_v][:, :3]
+        return self.qvel[:, self._ball_v][:, :3]
 
     @property
     def ball_centre_velocity_w(self) -> np.ndarray:
         """(B, 3) m/s: what the ball really does; the official Jacobian of the ball's geom times qvel."""
         read = functools.partial(self._read, self._sensors)
-        jacobian = np.zeros((self.num_lanes, 3, self._qvel.stop - self._qvel.start))
+        jacobian = np.zeros((self.num_lanes, 3, self.qvel.shape[1]))
         for i, axis in enumerate("XYZ"):
             dof, turn = self._ball_v.start + i, read(f"twin:{_BALL}_{axis}")
             jacobian[:, i, dof] = 1.0
             jacobian[:, :, dof + 3] = np.cross(turn, read("twin:ball_com") - read("twin:ball_pos")) + np.cross(
                 turn, read("twin:ball_centre") - read("twin:ball_com")
             )
-        return _times_qvel(jacobian, self._state[:, self._qvel])
+        return _times_qvel(jacobian, self.qvel)
 
 
 def _checked_seed(seed: int | None, lane: int) -> int | None:

@@ -16,7 +16,11 @@ LAYERS = ("input", "hidden", "output")
 
 
 class NumpyPolicy(NamedTuple):
-    """Mean policy tanh(W3 silu(W2 silu(W1 x + b1) + b2) + b3), float32."""
+    """Mean policy tanh(W3 silu(W2 silu(W1 x + b1) + b2) + b3).
+
+    Computed in float64 and rounded once to float32, as the submitted module does: float32 sums differ
+    between BLAS libraries, float64 ones rounded to float32 practically never do.
+    """
 
     kernels: tuple[np.ndarray, ...]  # (87, 256), (256, 256), (256, 12)
     biases: tuple[np.ndarray, ...]
@@ -25,11 +29,11 @@ class NumpyPolicy(NamedTuple):
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Actions (..., 12) in [-1, 1] for observations (..., 87)."""
-        x = (obs - self.mean) / self.std
+        x = (np.asarray(obs, np.float64) - self.mean) / self.std
         for kernel, bias in zip(self.kernels[:-1], self.biases[:-1]):
             x = x @ kernel + bias
             x = x / (1.0 + np.exp(-np.maximum(x, -80.0)))
-        return np.tanh(x @ self.kernels[-1] + self.biases[-1])
+        return np.tanh(x @ self.kernels[-1] + self.biases[-1]).astype(np.float32)
 
 
 def policy_from_arrays(arrays: dict[str, np.ndarray]) -> NumpyPolicy:
@@ -43,5 +47,6 @@ def policy_from_arrays(arrays: dict[str, np.ndarray]) -> NumpyPolicy:
         kernels = [arrays[f"actor.{layer}.weight"].T for layer in LAYERS]
         biases = [arrays[f"actor.{layer}.bias"] for layer in LAYERS]
         obs_size = kernels[0].shape[0]
-        mean, std = np.zeros(obs_size, np.float32), np.ones(obs_size, np.float32)
-    return NumpyPolicy(tuple(kernels), tuple(biases), mean, std)
+        mean, std = np.zeros(obs_size), np.ones(obs_size)
+    wide = [tuple(x.astype(np.float64) for x in group) for group in (kernels, biases, (mean, std))]
+    return NumpyPolicy(wide[0], wide[1], *wide[2])

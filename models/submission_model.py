@@ -6,13 +6,17 @@ target is held for ten physics steps, so the module keeps a target and an age fo
 it that an episode starts; it sees it: at reset all 12 joint velocities are exactly 0.0, after one physics
 step they no longer are. A batch of another size starts afresh.
 
-All arithmetic is float32, because the platform's observation is; the torque law is that of `envs/pd.py`,
-which our own evaluation runs in float64. `tests/test_submit.py` holds the two together.
+Arithmetic: the observation, the action, the torque law of `envs/pd.py` and the output are float32; the
+actor between observation and action is float64, its action rounded once. A float32 matrix product has
+other last digits in every library, on every processor and at every batch size, and contacts are chaotic:
+a tenth digit can decide an episode. Rounded from float64 the action is the same everywhere (NumPy gives
+the same torque, bit for bit), but for the rare number that lies within 1e-16 of a rounding boundary.
 
-Each lane's action is computed by itself, so its bits do not depend on how many lanes the platform's
-machine runs at once. No gradient is recorded: the platform calls models with autograd on, and a buffer
-inside the graph would keep a whole episode alive.
+No gradient is recorded: the platform calls models with autograd on, and a buffer inside the graph would
+keep a whole episode alive.
 """
+
+import copy
 
 import numpy as np
 import torch
@@ -36,7 +40,7 @@ class SubmissionModel(nn.Module):
 
     def __init__(self, actor: Actor, hold: bool = True):
         super().__init__()
-        self.actor = actor
+        self.actor = copy.deepcopy(actor).double()
         self.hold = hold
         self.calls_per_action = c.PHYSICS_STEPS_PER_ACTION
         self.joint_pos_start, self.joint_pos_stop = SLICES["joint_pos"].start, SLICES["joint_pos"].stop
@@ -52,8 +56,7 @@ class SubmissionModel(nn.Module):
 
     def joint_target_rad(self, obs: torch.Tensor) -> torch.Tensor:
         """The actor's joint target (12,) for one lane's observation (87,)."""
-        # The copy starts at an aligned address, as it would in a batch of one: same kernel, same bits.
-        action = self.actor(obs.clone().unsqueeze(0)).squeeze(0)
+        action = self.actor(obs.double().unsqueeze(0)).squeeze(0).float()
         return self.default_pose_rad + action * self.action_scale_rad
 
     def held_targets_rad(self, obs: torch.Tensor, joint_vel_rad_s: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class DenseWeights:
     torque: float = -0.015  # sum of squared torques over limits
     action_rate: float = -0.005  # sum of squared action differences
     joint_vel: float = -0.00001  # sum of squared joint velocities
-    fallen: float = -1.0  # once
+    fallen: float = -3.0  # once
     success: float = 1.0  # once
 
 

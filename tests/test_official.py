@@ -145,8 +145,8 @@ def test_goalie_is_one_episode_whatever_the_seed_until_the_start_is_noisy(envs):
     assert noisy[0].score != noisy[1].score
 
 
-def test_the_held_control_is_the_one_of_the_brief(envs):
-    """A loop over the bare environment, written out here, gives the same episode."""
+def test_held_control_against_a_loop_written_out(envs):
+    """A loop over the bare environment gives the same episode."""
     rng = np.random.default_rng(0)
     weights = rng.normal(0.0, 0.02, (87, 12)).astype(np.float32)
 
@@ -226,7 +226,7 @@ def test_obstacle_needs_the_raised_window(envs):
     env = envs["obstacle"]
     official.reset(env, seed=1)
     window_w = env.unwrapped.sim.data.get_site_xpos("goalarea_site").copy()
-    through = window_w + [0.6, 0.0, c.BALL_RADIUS_M]  # so that the site, below the centre, flies at its height
+    through = window_w + [0.6, 0.0, c.BALL_RADIUS_M]  # the site, below the centre, flies at its height
     terms = score_terms("obstacle", play_ball(env, through, (-6.0, 0.0, 0.0)))
     assert terms["goal_scored"] == 2.5
     beside = [-10.5, 2.0, 0.6]

@@ -98,6 +98,27 @@ def test_model_gives_our_torque_along_official_episodes(checkpoint, task, hold):
     env.close()
 
 
+def test_torque_has_the_same_bits_in_numpy(model):
+    """So an episode does not hang on whose matrix product it was. The torque is as the SDK rescales it."""
+    weights = {name: value.detach().numpy() for name, value in model.actor.named_parameters()}
+    policy = policy_from_arrays({f"actor.{name}": value for name, value in weights.items()})
+    constants = (c.DEFAULT_POSE_RAD, c.ACTION_SCALE_RAD, c.KP_NM_PER_RAD, c.KD_NMS_PER_RAD, c.TORQUE_LIMIT_NM)
+    pose, scale, kp, kd, limit = (constant.astype(np.float32) for constant in constants)
+    preprocessor = Preprocessor()
+    env = official.make("obstacle")
+    obs, info = env.reset(seed=1)
+    for step in range(200):
+        observation = preprocessor.modify_state(obs, info)
+        unit_torque = model(torch.from_numpy(observation)).numpy()[0]
+        if step % 10 == 0:
+            target = pose + policy(observation[0].astype(np.float64)).astype(np.float32) * scale
+        spring = kp * (target - observation[0, JOINT_POS])
+        expected = np.clip((spring - kd * observation[0, JOINT_VEL]) / limit, -1.0, 1.0)
+        assert expected.dtype == np.float32 and np.array_equal(unit_torque, expected)
+        obs, _, _, _, info = env.step(unit_torque * limit)
+    env.close()
+
+
 def _random_calls(calls: int, lanes: int) -> torch.Tensor:
     """Observations (calls, lanes, 87) of lanes that all start an episode at the first call."""
     obs = torch.randn(calls, lanes, OBS_SIZE, generator=torch.Generator().manual_seed(1))
@@ -189,7 +210,8 @@ def test_sdk_runs_the_preprocessor_without_an_environment(dry_run):
     env.close()
     ours = observe(obs[JOINT_POS], obs[JOINT_VEL], info, np)
     one = manager.modify_state(obs, info)
-    batched = {name: np.stack([value, value]) for name, value in info.items() if isinstance(value, np.ndarray)}
+    arrays = {name: value for name, value in info.items() if isinstance(value, np.ndarray)}
+    batched = {name: np.stack([value, value]) for name, value in arrays.items()}
     two = manager.modify_state(np.stack([obs, obs]), batched)
     assert one.shape == (1, OBS_SIZE) and two.shape == (2, OBS_SIZE) and one.dtype == np.float32
     np.testing.assert_allclose(one[0], ours, rtol=1e-6, atol=1e-6)
@@ -288,7 +310,8 @@ def test_bad_input_is_one_clear_line(checkpoint, tmp_path):
 
     rng = np.random.default_rng(0)
     widths = (OBS_SIZE, 256, 256, 2 * c.NUM_JOINTS)
-    arrays = {"normalizer.mean": np.zeros(OBS_SIZE, np.float32), "normalizer.std": np.ones(OBS_SIZE, np.float32)}
+    arrays = {"normalizer.mean": np.zeros(OBS_SIZE, np.float32)}
+    arrays["normalizer.std"] = np.ones(OBS_SIZE, np.float32)
     for layer, n_in, n_out in zip(("input", "hidden", "output"), widths, widths[1:]):
         arrays[f"actor.{layer}.kernel"] = rng.normal(0, 0.05, (n_in, n_out)).astype(np.float32)
         arrays[f"actor.{layer}.bias"] = np.zeros(n_out, np.float32)
@@ -336,7 +359,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        form = message_from_bytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+        header = b"Content-Type: " + self.headers["Content-Type"].encode()
+        form = message_from_bytes(header + b"\r\n\r\n" + body)
         self.server.parts = {
             part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
             for part in form.get_payload()

@@ -1,0 +1,147 @@
+"""JAX to PyTorch: folding, names, the checks before anything is written."""
+
+import numpy as np
+import pytest
+
+import checkpoints
+import convert_jax2torch as stage
+from envs import constants as c
+from errors import UserError
+from models.numpy_policy import policy_from_arrays
+from models.torch_networks import HIDDEN, Actor
+from preprocess.observation import OBS_SIZE
+
+
+def pretrained_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    """Random networks of a pre-trained checkpoint, every array different from its default."""
+    rng = np.random.default_rng(seed)
+
+    def network(prefix: str, inputs: int, outputs: int, lead: tuple[int, ...]) -> dict[str, np.ndarray]:
+        arrays = {}
+        widths = (inputs, HIDDEN, HIDDEN, outputs)
+        for layer, fan_in, fan_out in zip(("input", "hidden", "output"), widths, widths[1:]):
+            arrays[f"{prefix}.{layer}.kernel"] = rng.normal(0, fan_in**-0.5, (*lead, fan_in, fan_out))
+            arrays[f"{prefix}.{layer}.bias"] = rng.normal(0, 0.1, (*lead, fan_out))
+        for norm in ("input_norm", "hidden_norm") if lead else ():
+            arrays[f"{prefix}.{norm}.scale"] = rng.normal(1, 0.1, (*lead, HIDDEN))
+            arrays[f"{prefix}.{norm}.bias"] = rng.normal(0, 0.1, (*lead, HIDDEN))
+        return arrays
+
+    arrays = network("actor", OBS_SIZE, 2 * c.NUM_JOINTS, ())
+    for prefix in ("critic", "target_critic"):
+        arrays |= network(prefix, OBS_SIZE + c.NUM_JOINTS, 1, (2,))
+    arrays["normalizer.mean"] = rng.normal(0, 1, OBS_SIZE)
+    arrays["normalizer.std"] = rng.uniform(2, 5, OBS_SIZE)  # real observations are then not far out
+    arrays["log_alpha"] = np.array(-3.0)
+    return {name: value.astype(np.float32) for name, value in arrays.items()}
+
+
+def write_pretrained(path, arrays: dict[str, np.ndarray]) -> checkpoints.Checkpoint:
+    noise = np.random.default_rng(1).standard_normal((checkpoints.GOLDEN_PAIRS, OBS_SIZE))
+    obs = (arrays["normalizer.mean"] + arrays["normalizer.std"] * noise).astype(np.float32)
+    actions = policy_from_arrays(arrays)(obs).astype(np.float32)
+    checkpoints.save(path, "pretrained", arrays, obs, actions, {}, 3, 1000, None, {})
+    return checkpoints.load(path)
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> checkpoints.Checkpoint:
+    return write_pretrained(tmp_path / "pretrain", pretrained_arrays())
+
+
+def test_folding_by_hand():
+    kernel = np.array([[2.0], [4.0], [7.0]])  # the third input, an action, is not normalised
+    weight, bias = stage.fold_normalizer(kernel, np.array([1.0]), np.array([3.0, 5.0]), np.array([0.5, 2.0]))
+    np.testing.assert_array_equal(weight, [[4.0, 2.0, 7.0]])
+    np.testing.assert_array_equal(bias, [1.0 - 3.0 * 4.0 - 5.0 * 2.0])
+
+
+def test_jax_and_torch_agree(pretrained):
+    """Gate 2 on drawn observations; the real ones are below."""
+    rng = np.random.default_rng(2)
+    noise = rng.standard_normal((200, OBS_SIZE))
+    obs = (pretrained.arrays["normalizer.mean"] + pretrained.arrays["normalizer.std"] * noise).astype(np.float32)
+    action = rng.uniform(-1, 1, (200, c.NUM_JOINTS)).astype(np.float32)
+    differences, log_std = stage.compare(pretrained.arrays, stage.convert(pretrained.arrays), obs, action)
+    assert set(differences) == {"actor", "critic", "target_critic"}
+    assert max(differences.values()) < 1e-5
+    assert log_std.shape == (200, c.NUM_JOINTS)
+
+
+def test_the_means_are_kept_and_the_spread_is_dropped(pretrained):
+    converted = stage.convert(pretrained.arrays)
+    kernel = pretrained.arrays["actor.output.kernel"]
+    np.testing.assert_array_equal(converted["actor.output.weight"], kernel[:, : c.NUM_JOINTS].T)
+    assert {name: tuple(value.shape) for name, value in Actor().state_dict().items()} == {
+        name.removeprefix("actor."): value.shape for name, value in converted.items() if name.startswith("actor.")
+    }
+
+
+def test_writes_a_checkpoint_with_its_lineage(pretrained, tmp_path, capsys):
+    path = stage.main(stage.Config(pretrained.path, tmp_path / "converted", real_observations=17))
+    converted = checkpoints.load(path, ("converted",))
+    assert converted.manifest["parent"] == {"stage": "pretrained", "hash": pretrained.hash}
+    assert converted.manifest["steps"] == 1000
+    np.testing.assert_array_equal(converted.golden_obs, pretrained.golden_obs)
+    np.testing.assert_allclose(converted.golden_actions, pretrained.golden_actions, rtol=0, atol=1e-5)
+    metrics = converted.manifest["metrics"]
+    seen = metrics["observations"]
+    assert seen["real"] == 51 and sum(seen.values()) < 2 * (seen["real"] + seen["golden"])
+    assert set(metrics["log_std"]["by_joint"]) == set(c.JOINT_NAMES)
+    assert capsys.readouterr().out.rstrip().endswith(str(path))
+
+
+def test_refuses_a_policy_that_acts_otherwise(pretrained, tmp_path, monkeypatch):
+    convert = stage.convert
+
+    def perturbed(arrays):
+        converted = convert(arrays)
+        converted["actor.output.bias"] += np.float32(1e-3)
+        return converted
+
+    monkeypatch.setattr(stage, "convert", perturbed)
+    with pytest.raises(UserError, match="differ by .* nothing was written"):
+        stage.main(stage.Config(pretrained.path, tmp_path / "converted", real_observations=0))
+    assert not (tmp_path / "converted").exists()
+
+
+def test_the_source_is_left_alone(pretrained):
+    before = {name: value.copy() for name, value in pretrained.arrays.items()}
+    for value in stage.convert(pretrained.arrays).values():
+        value += 1.0
+    for name, value in before.items():
+        np.testing.assert_array_equal(pretrained.arrays[name], value)
+
+
+def test_log_std_out_of_range_is_refused():
+    log_std = np.full((100, c.NUM_JOINTS), -1.0)
+    log_std[:, 2] = 2.5  # one joint of twelve
+    with pytest.raises(UserError, match=r"8\.3% .* to 2\.50"):
+        stage.check_log_std(log_std)
+    with pytest.raises(UserError):
+        stage.check_log_std(np.full((1, c.NUM_JOINTS), np.nan))
+
+
+def test_a_few_log_std_out_of_range_are_reported():
+    log_std = np.full((100, c.NUM_JOINTS), -1.0)
+    log_std[:11, 0] = -5.5  # 11 of 1200
+    report = stage.check_log_std(log_std)
+    assert report["share_outside"] == pytest.approx(11 / 1200, abs=1e-12)
+    assert report["by_joint"]["Left_Hip_Pitch"]["min"] == -5.5
+    assert report["by_joint"]["Right_Hip_Pitch"] == {"min": -1.0, "mean": -1.0, "max": -1.0}
+
+
+def test_bad_input(pretrained, tmp_path):
+    out = tmp_path / "converted"
+    with pytest.raises(UserError, match="is not there"):
+        stage.main(stage.Config(tmp_path / "nowhere", out))
+    smaller = pretrained_arrays() | {"critic.hidden.bias": np.zeros((1, HIDDEN), np.float32)}
+    other = write_pretrained(tmp_path / "other", smaller)
+    with pytest.raises(UserError, match=r"critic.hidden.bias should have shape \(2, 256\), found \(1, 256\)"):
+        stage.main(stage.Config(other.path, out))
+    assert not out.exists()
+    stage.main(stage.Config(pretrained.path, out, real_observations=0))
+    with pytest.raises(UserError, match="already holds a checkpoint"):
+        stage.main(stage.Config(pretrained.path, out, real_observations=0))
+    with pytest.raises(UserError, match="'converted', but pretrained"):
+        stage.main(stage.Config(out, tmp_path / "again", real_observations=0))

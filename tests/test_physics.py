@@ -1,0 +1,121 @@
+"""The PD layer, our scene against the official model, and MJX against native MuJoCo."""
+
+import mujoco
+import numpy as np
+import pytest
+
+from envs import constants as c
+from envs import scene
+from envs.pd import joint_target_rad, torque_nm
+
+
+def _targets(seed: int, actions: int) -> np.ndarray:
+    """Random joint targets (actions, 12) with 0.05 rad spread around the default pose."""
+    return c.DEFAULT_POSE_RAD + np.random.default_rng(seed).normal(0, 0.05, (actions, c.NUM_JOINTS))
+
+
+def _start(model: mujoco.MjModel, address: scene.Addresses) -> mujoco.MjData:
+    """The official drop, ball one metre ahead."""
+    data = mujoco.MjData(model)
+    data.qpos[:] = 0
+    data.qpos[address.ball_q] = [1, 0, 0, 1, 0, 0, 0]
+    data.qpos[address.root_q] = [0, 0, c.IMU_START_HEIGHT_M, 1, 0, 0, 0]
+    return data
+
+
+def _run_motors(model, address, targets) -> np.ndarray:
+    """Base positions (physics steps, 3) under explicit torque from the state before each physics step."""
+    data = _start(model, address)
+    path = []
+    for target in targets:
+        for _ in range(c.PHYSICS_STEPS_PER_ACTION):
+            data.ctrl[:] = torque_nm(target, data.qpos[address.joint_q], data.qvel[address.joint_v], np)
+            mujoco.mj_step(model, data)
+            path.append(data.qpos[address.root_q][:3].copy())
+    return np.array(path)
+
+
+def _run_pd_layer(model, address, targets) -> np.ndarray:
+    """The same with the PD layer in the actuators."""
+    data = _start(model, address)
+    path = []
+    for target in targets:
+        data.ctrl[:] = target
+        for _ in range(c.PHYSICS_STEPS_PER_ACTION):
+            mujoco.mj_step(model, data)
+            path.append(data.qpos[address.root_q][:3].copy())
+    return np.array(path)
+
+
+def test_torque_by_hand():
+    action = np.zeros(c.NUM_JOINTS)
+    action[0] = 0.1  # left hip pitch target: -0.2 + 0.1 * 1.0
+    target = joint_target_rad(action)
+    assert target[0] == pytest.approx(-0.1)
+    pos, vel = c.DEFAULT_POSE_RAD.copy(), np.zeros(c.NUM_JOINTS)
+    pos[3] += 1.0  # left knee 1 rad off: 200 N m, clipped to 65
+    vel[5] = 2.0  # left ankle roll: -1 * 2
+    torque = torque_nm(target, pos, vel, np)
+    np.testing.assert_allclose(torque[[0, 3, 5]], [200 * 0.1, -65.0, -2.0])
+    assert not torque[[1, 2, 4]].any() and not torque[6:].any()
+
+
+def test_pd_actuators_equal_explicit_torque():
+    """Affine actuators under Euler against motors under implicitfast: bit for bit over 1 s."""
+    motor, pd_layer = scene.load_native_motor_model(), scene.load_native_model()
+    address = scene.addresses(motor)
+    targets = _targets(0, 50)
+    np.testing.assert_allclose(_run_pd_layer(pd_layer, address, targets), _run_motors(motor, address, targets), atol=1e-10)
+
+
+def test_position_actuators_under_implicitfast_would_differ():
+    """Why the integrator matters: the same actuators, damped implicitly, end millimetres away."""
+    motor, wrong = scene.load_native_motor_model(), scene.load_native_model()
+    wrong.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    address = scene.addresses(motor)
+    targets = _targets(0, 50)
+    difference = _run_pd_layer(wrong, address, targets) - _run_motors(motor, address, targets)
+    assert np.abs(difference[-1]).max() > 1e-3
+
+
+def test_our_scene_follows_the_official_model(official_envs):
+    """Same targets, same law, ten seeds: base within 1 mm at 250 ms and 5 mm at 1 s."""
+    official = official_envs["target"].sim.model._model
+    ours = scene.load_native_model()
+    errors = []
+    for seed in range(10):
+        targets = _targets(seed, 50)
+        a = _run_motors(official, scene.official_addresses(official), targets)
+        b = _run_pd_layer(ours, scene.addresses(ours), targets)
+        errors.append(np.linalg.norm(a - b, axis=1))
+    errors = np.array(errors)
+    print(f"\nbase error: max {errors[:, 124].max() * 1e3:.4f} mm at 250 ms, {errors[:, 499].max() * 1e3:.3f} mm at 1 s")
+    assert errors[:, 124].max() < 1e-3
+    assert errors[:, 499].max() < 5e-3
+
+
+def test_mjx_follows_native():
+    """MJX in float32 (two planes) against native (two planes and pitch): reported, loose bound."""
+    import jax
+    import jax.numpy as jnp
+
+    from envs.mjx_engine import MjxEngine
+
+    ours = scene.load_native_model()
+    address = scene.addresses(ours)
+    targets = _targets(0, 25)
+    native = _run_pd_layer(ours, address, targets)
+    engine = MjxEngine(2)
+    start = jnp.asarray(np.repeat(_start(ours, address).qpos[None], 2, axis=0), jnp.float32)
+    data = engine.reset(start, jnp.zeros((2, ours.nv)))
+    step = jax.jit(engine.step)
+    path = []
+    for target in targets:
+        data, touched = step(data, jnp.asarray(np.repeat(target[None], 2, axis=0), jnp.float32))
+        path.append(np.asarray(data.qpos[:, address.root_q][:, :3]))
+        assert not np.asarray(touched).any()
+    path = np.array(path)
+    np.testing.assert_array_equal(path[:, 0], path[:, 1])
+    error = np.linalg.norm(path[:, 0] - native[c.PHYSICS_STEPS_PER_ACTION - 1 :: c.PHYSICS_STEPS_PER_ACTION], axis=1)
+    print(f"\nMJX against native: {error[4] * 1e3:.3f} mm at 100 ms, {error[12] * 1e3:.3f} mm at 260 ms, {error[24] * 1e3:.2f} mm at 500 ms")
+    assert error[4] < 2e-3 and error[24] < 2e-2

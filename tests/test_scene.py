@@ -1,0 +1,133 @@
+"""The committed scene is what the script writes, and its numbers are the official model's."""
+
+import mujoco
+import numpy as np
+import pytest
+
+from assets.make_scene import FEET, GROUND_PLANES, POSTS, ROBOT_COLLIDERS, ROBOT_PREFIX, SHANKS, THIGHS, scene_xml
+from envs import constants as c
+from envs import scene
+from errors import UserError
+
+
+@pytest.fixture(scope="module")
+def official(official_envs):
+    return official_envs["target"].sim.model._model
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return mujoco.MjModel.from_xml_path(str(scene.SCENE_PATH))
+
+
+def test_committed_file_is_what_the_script_writes(official):
+    assert scene.SCENE_PATH.read_text() == scene_xml(official)
+
+
+def test_bodies_equal_the_official(official, ours):
+    names = [official.body(i).name for i in range(official.nbody) if official.body(i).name.startswith(ROBOT_PREFIX)]
+    assert len(names) == 13
+    for name, official_name in [(n.removeprefix(ROBOT_PREFIX), n) for n in names] + [("soccer_ball", "soccer_ball")]:
+        a, b = ours.body(name), official.body(official_name)
+        for field in ("mass", "inertia", "ipos"):
+            np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}")
+        assert abs(abs(np.dot(a.iquat, b.iquat)) - 1) < 1e-9
+        if name not in ("Trunk", "soccer_ball"):  # those two hang on free joints
+            np.testing.assert_allclose(a.pos, b.pos, atol=1e-12)
+            np.testing.assert_allclose(a.quat, b.quat, atol=1e-12)
+
+
+def test_joints_and_motors_equal_the_official(official, ours):
+    for name in c.JOINT_NAMES:
+        a, b = ours.joint(name), official.joint(ROBOT_PREFIX + name)
+        for field in ("range", "axis", "damping", "armature", "frictionloss", "stiffness"):
+            np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}")
+        a, b = ours.actuator(name), official.actuator(ROBOT_PREFIX + name)
+        for field in ("ctrlrange", "gear", "gainprm", "biasprm"):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=f"{name}.{field}")
+
+
+def test_constants_equal_the_official_motors(official):
+    limits = [official.actuator(ROBOT_PREFIX + name).ctrlrange[1] for name in c.JOINT_NAMES]
+    np.testing.assert_array_equal(limits, c.TORQUE_LIMIT_NM)
+    assert official.opt.timestep == c.PHYSICS_DT_S
+    assert official.geom("ball").size[0] == c.BALL_RADIUS_M
+
+
+def test_constants_equal_the_official_field(official_envs):
+    env = official_envs["goalie"]
+    field, goal = (env.parameters_dict["env_parameters"][k] for k in ("field", "goal"))
+    assert (field["length"], field["width"]) == (c.FIELD_HALF_LENGTH_M, c.FIELD_HALF_WIDTH_M)
+    assert (goal["width"], goal["height"], goal["depth"]) == (c.GOAL_HALF_WIDTH_M, c.GOAL_HEIGHT_M, c.GOAL_DEPTH_M)
+    assert env.robots[0].standing_height[0] == c.FALL_HEIGHT_M
+    assert env.robots[0].control_freq == round(1 / c.PHYSICS_DT_S)
+
+
+def test_colliders_equal_the_official(official, ours):
+    for name in ROBOT_COLLIDERS:
+        body = official.body(ROBOT_PREFIX + name).id
+        (geom_id,) = [g for g in range(official.ngeom) if official.geom_bodyid[g] == body and official.geom_contype[g]]
+        geom = ours.geom(name)
+        np.testing.assert_allclose(geom.pos, official.geom_pos[geom_id], atol=1e-12)
+        if name in (*FEET, "Trunk"):
+            np.testing.assert_allclose(geom.size, official.geom_size[geom_id], atol=1e-12)
+        else:  # cylinder -> capsule: same radius, same total length
+            assert name in (*SHANKS, *THIGHS)
+            radius, half_length = official.geom_size[geom_id][:2]
+            np.testing.assert_allclose([geom.size[0], geom.size[0] + geom.size[1]], [radius, half_length], atol=1e-12)
+
+
+def test_contact_parameters_equal_the_official(official, ours):
+    """All collidable geoms share MuJoCo's defaults, so every contact has the official friction and softness."""
+    ball = official.geom("ball")
+    for i in range(ours.ngeom):
+        for field in ("friction", "solref", "solimp", "condim", "margin", "priority", "solmix"):
+            np.testing.assert_array_equal(getattr(ours.geom(i), field), getattr(ball, field))
+
+
+def test_who_collides(ours):
+    """The bits give the intended pairs, by MuJoCo's rule."""
+    bits = {ours.geom(i).name: (ours.geom_contype[i], ours.geom_conaffinity[i]) for i in range(ours.ngeom)}
+
+    def collide(a, b):
+        return bool(bits[a][0] & bits[b][1] or bits[b][0] & bits[a][1])
+
+    for plane in GROUND_PLANES:
+        assert {name for name in bits if collide(plane, name)} == {*FEET, *SHANKS, "ball"}
+    assert {name for name in bits if collide("ball", name)} == {*GROUND_PLANES, *ROBOT_COLLIDERS, *POSTS}
+    for leg in (*FEET, *SHANKS):
+        assert {name for name in bits if collide(leg, name)} == {*GROUND_PLANES, *FEET, *SHANKS, "ball"}
+
+
+def test_kinematics_equal_the_official(official, ours):
+    """Same joint angles: every shared site and foot collider at the same place."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        data = []
+        quat = rng.normal(size=4)
+        root = np.concatenate([rng.normal(size=3), quat / np.linalg.norm(quat)])
+        joints = rng.uniform(-0.5, 0.5, 12)
+        for model, address in ((ours, scene.addresses(ours)), (official, scene.official_addresses(official))):
+            d = mujoco.MjData(model)
+            d.qpos[address.root_q], d.qpos[address.joint_q] = root, joints
+            mujoco.mj_kinematics(model, d)
+            data.append(d)
+        for site in ("imu", "left_foot", "right_foot"):
+            np.testing.assert_allclose(data[0].site(site).xpos, data[1].site(ROBOT_PREFIX + site).xpos, atol=1e-9)
+
+
+def test_no_mesh_and_names_only(ours):
+    assert ours.nmesh == 0
+    source = scene.SCENE_PATH.read_text()
+    assert "mesh" not in source and "texture" not in source
+
+
+@pytest.mark.parametrize("version", ["3.2.6", "3.4.0", "3.17.0", "4.0.0"])
+def test_mujoco_outside_the_window_is_refused(version):
+    with pytest.raises(UserError, match=version):
+        scene.check_mujoco_version(version)
+
+
+def test_mujoco_inside_the_window_is_accepted():
+    scene.check_mujoco_version("3.3.0")
+    scene.check_mujoco_version("3.3.7")

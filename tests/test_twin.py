@@ -1,0 +1,334 @@
+"""The twin gives the official environments' numbers, to the bit, lane by lane.
+
+A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do not
+disturb each other, threads, errors, the gymnasium interface.
+"""
+
+import functools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from benchmarks import twin_equality
+from envs import constants as c
+from envs import official, twin
+from envs.official import Episode
+from envs.twin import TwinEnv
+from envs.twin_gym import TwinVectorEnv
+from errors import UserError
+from models.numpy_policy import NumpyPolicy
+from preprocess.observation import OBS_SIZE
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # gymnasium warns of deprecated versions of these ids
+
+# Episodes (seeds of the source `launched`) that end in every way, and some touch the ball more than once.
+THROWN = {"goalie": (6, 9, 10, 13), "obstacle": (1, 7, 8), "target": (10, 11)}
+THROWN_EVENTS = {
+    "goalie": {"success", "blocked", "offside", "touched", "touched again"},
+    "obstacle": {"success", "blocked", "offside", "touched", "touched again"},
+    "target": {"success", "offside"},
+}
+
+official_env = functools.cache(official.make)
+
+
+def record(task: str, source: str, seed: int, max_steps: int) -> twin_equality.Recording:
+    return twin_equality.record(official_env(task), task, source, seed, max_steps)
+
+
+def random_policy(scale: float = 1.0) -> NumpyPolicy:
+    """A network of the real size with random weights."""
+    rng = np.random.default_rng(0)
+    sizes = ((OBS_SIZE, 256), (256, 256), (256, c.NUM_JOINTS))
+    kernels = tuple(scale * rng.normal(0, n**-0.5, (n, m)).astype(np.float32) for n, m in sizes)
+    biases = tuple(np.zeros(m, np.float32) for _, m in sizes)
+    return NumpyPolicy(kernels, biases, np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32))
+
+
+def played(env: TwinEnv, seeds, num_actions: int = 10) -> list[twin.Step]:
+    """Steps of a lively episode, the same action for a lane whatever its neighbours do."""
+    env.reset(seeds)
+    steps = []
+    for k in range(num_actions):
+        actions = [np.random.default_rng([seed, k]).normal(0, 0.3, c.NUM_JOINTS) for seed in seeds]
+        steps.append(env.step_target(np.stack(actions)))
+    return steps
+
+
+def assert_same_lane(found: twin.Step, lane: int, expected: twin.Step, expected_lane: int) -> None:
+    def rows(step: twin.Step, i: int) -> dict:
+        flat = {"obs": step.obs, "reward": step.reward, "terminated": step.terminated}
+        return {key: values[i] for key, values in (flat | step.info | step.reward_terms).items()}
+
+    a, b = rows(found, lane), rows(expected, expected_lane)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+# --- equality with the official environments ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+def test_sensors_leave_the_official_model_as_it_is(task):
+    official_env(task).reset(seed=0)
+    ours, theirs = twin._source(task).model, official_env(task).unwrapped.sim.model._model
+    about_names = ("name_sensoradr", "names", "names_map", "nbuffer", "nnames", "nnames_map", "signature")
+    compared = 0
+    for field in dir(theirs):
+        value = getattr(theirs, field)
+        if field.startswith(("_", "sensor_", "nsensor")) or callable(value) or field in about_names:
+            continue
+        if field == "geom_rgba" or not isinstance(value, (np.ndarray, int, float)):
+            continue
+        if isinstance(value, (int, float)) or value.dtype.kind in "iufb":
+            np.testing.assert_array_equal(getattr(ours, field), value, err_msg=field)
+            compared += 1
+    assert compared > 300
+    for field in (f for f in dir(theirs.opt) if not f.startswith("_")):
+        np.testing.assert_array_equal(getattr(ours.opt, field), getattr(theirs.opt, field), err_msg=field)
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+@pytest.mark.parametrize("source", ["zero", "random", "policy"])
+def test_every_number_of_every_step_is_the_official_one(task, source):
+    recordings = [record(task, source, seed, max_steps=200) for seed in (0, 1)]
+    report = twin_equality.compare(task, source, recordings)
+    assert report.values > 10_000
+    assert not report.unequal
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+def test_goals_blocks_offsides_and_touches_are_the_official_ones(task):
+    recordings = [record(task, "launched", seed, max_steps=1000) for seed in THROWN[task]]
+    report = twin_equality.compare(task, "launched", recordings)
+    assert set(report.events) == THROWN_EVENTS[task]
+    assert all(recording.score for recording in recordings)
+    assert not report.unequal
+
+
+def test_the_comparison_sees_a_difference_of_one_bit():
+    recording = record("target", "zero", 0, max_steps=10)
+    recording.info["ball_xpos_rel_robot"][7, 0] = np.nextafter(recording.info["ball_xpos_rel_robot"][7, 0], 9)
+    recording.terms["distance"][3] *= 1 + 1e-15
+    report = twin_equality.compare_torque("target", [recording])
+    assert set(report.unequal) == {"info ball_xpos_rel_robot", "reward term distance"}
+    assert not report.equal
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_reset_draws_what_the_official_reset_draws(task, seed):
+    env = TwinEnv(task, 2)
+    env.reset([123, seed])
+    base = official_env(task).unwrapped
+    for _ in range(2):  # the second time without a seed: both go on with the same random stream
+        base.reset(seed=seed)
+        model, data = base.sim.model._model, base.sim.data._data
+        np.testing.assert_array_equal(env.qpos[1], data.qpos)
+        np.testing.assert_array_equal(env.qvel[1], data.qvel)
+        friction, *drawn = env._lane_values[1]
+        np.testing.assert_array_equal(friction, model.geom("field_base").friction)
+        if task == "obstacle":
+            geoms = [model.geom(f"defender_geom{i}").pos for i in range(c.NUM_DEFENDERS)]
+            np.testing.assert_array_equal(drawn, [*geoms, model.site("goalarea_site").pos])
+        if task == "target":
+            np.testing.assert_array_equal(drawn, [model.site("target0").pos])
+        seed = None
+        env.reset([None], lanes=np.array([1]))
+
+
+def test_time_is_up_after_5000_physics_steps():
+    env = TwinEnv("goalie", 2)
+    env.reset([0, 1])
+    env.steps[0] = c.EPISODE_PHYSICS_STEPS - 14
+    target = np.zeros((2, c.NUM_JOINTS))
+    assert not env.step_target(target).truncated.any()
+    step = env.step_target(target)
+    assert step.truncated.tolist() == [True, False] and not step.terminated.any()
+    assert env.steps.tolist() == [c.EPISODE_PHYSICS_STEPS, 20]
+    assert np.isnan(env.score()).tolist() == [False, True]
+    assert env.score_terms()["steps"][0] == -1.0
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+def test_run_task_gives_the_results_of_run_episode(task):
+    seeds = [official.match_seed(3, i) for i in range(2)]
+    found = twin.run_task(task, random_policy(), seeds, start_noise_rad=0.02, num_threads=2)
+    expected = [official.run_episode(official_env(task), task, random_policy(), seed, 0.02) for seed in seeds]
+    assert found == expected
+
+
+def test_run_episodes_keeps_the_order_and_the_numbers():
+    episodes = [Episode("target", 5), Episode("goalie", 4), Episode("target", 6)]
+    arrived = []
+
+    def progress(results):
+        for result in results:
+            arrived.append(result)
+            yield result
+
+    found = twin.run_episodes(None, episodes, workers=1, progress=progress)
+    assert found == arrived == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
+
+
+# --- lanes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_lane_does_not_depend_on_its_neighbours_or_its_thread(num_threads):
+    together = played(TwinEnv("obstacle", 5, num_threads), [3, 1, 4, 1, 5])
+    alone = played(TwinEnv("obstacle", 1), [4])
+    for a, b in zip(together, alone):
+        assert_same_lane(a, 2, b, 0)
+        assert_same_lane(a, 1, a, 3)
+
+
+def test_an_ended_lane_is_frozen_and_resets_alone():
+    env = TwinEnv("target", 3)
+    env.reset([0, 1, 2])
+    env.qpos[1, env._root_q.start + 2] -= 0.35  # z of the trunk: fallen from the start
+    target = np.zeros((3, c.NUM_JOINTS))
+    first = env.step_target(target)
+    assert first.terminated.tolist() == [False, True, False]
+    assert env.steps.tolist() == [10, 1, 10]
+    target[1] = np.nan  # nobody reads it
+    second = env.step_target(target)
+    assert second.reward[1] == 0.0
+    assert_same_lane(second._replace(reward=first.reward), 1, first, 1)
+    assert np.isfinite(env.score()).tolist() == [False, True, False]
+
+    obs, info = env.reset([7], lanes=np.array([False, True, False]))
+    fresh_obs, _ = TwinEnv("target", 1).reset([7])
+    np.testing.assert_array_equal(obs[1], fresh_obs[0])
+    np.testing.assert_array_equal(obs[[0, 2]], second.obs[[0, 2]])
+    assert env.alive.all() and env.steps.tolist() == [20, 0, 20]
+
+
+def test_a_lane_with_nan_does_what_the_official_environment_does_and_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warning into a log file
+    env, base = TwinEnv("goalie", 3), official_env("goalie")
+    env.reset([0, 1, 2])
+    base.reset(seed=1)
+    env.qpos[1] = base.unwrapped.sim.data.qpos[:] = np.nan
+    torque = np.random.default_rng(0).normal(0, 5, (3, c.NUM_JOINTS))
+    for _ in range(5):
+        step = env.step_torque(torque)
+        obs, reward, terminated, _, info = base.step(torque[1])
+        np.testing.assert_array_equal(step.obs[1], obs)
+        assert (step.reward[1], step.terminated[1]) == (reward, terminated)
+        if terminated:
+            break
+    healthy = TwinEnv("goalie", 2)
+    healthy.reset([0, 2])
+    for _ in range(env.steps[0]):
+        expected = healthy.step_torque(torque[[0, 2]])
+    assert_same_lane(step, 0, expected, 0)
+    assert_same_lane(step, 2, expected, 1)
+
+
+# --- gymnasium ------------------------------------------------------------------------------------------
+
+
+def test_vector_environment_equals_gymnasiums_own_over_the_official_environments():
+    theirs = gym.vector.SyncVectorEnv([lambda: official.make("obstacle")] * 2)
+    ours = TwinVectorEnv("obstacle", 2)
+    assert ours.single_observation_space == theirs.single_observation_space
+    assert ours.action_space == theirs.action_space
+    assert ours.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"]
+
+    def assert_same(found: dict, expected: dict) -> None:
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if isinstance(value, dict):
+                assert_same(found[key], value)
+            else:
+                mask = expected.get(f"_{key}", np.ones(2, dtype=bool))
+                np.testing.assert_array_equal(found[key][mask], value[mask], err_msg=key)
+
+    (our_obs, our_info), (their_obs, their_info) = ours.reset(seed=5), theirs.reset(seed=5)
+    rng, autoresets = np.random.default_rng(0), 0
+    for _ in range(250):
+        np.testing.assert_array_equal(our_obs, their_obs)
+        assert_same(our_info, their_info)
+        actions = rng.uniform(-20, 20, (2, c.NUM_JOINTS)).astype(np.float32)
+        our_obs, *our_flags, our_info = ours.step(actions)
+        their_obs, *their_flags, their_info = theirs.step(actions)
+        for found, expected in zip(our_flags, their_flags):
+            np.testing.assert_array_equal(found, expected)
+        autoresets += int(their_flags[1].sum())
+    assert autoresets >= 2
+    ours.close()
+
+
+def test_vector_environment_with_pd_actions_is_step_target():
+    envs, env = TwinVectorEnv("target", 2, control="pd"), TwinEnv("target", 2)
+    obs, _ = envs.reset(seed=[8, 9])
+    np.testing.assert_array_equal(obs, env.reset([8, 9])[0])
+    actions = envs.action_space.sample()
+    expected = env.step_target(c.DEFAULT_POSE_RAD + actions * c.ACTION_SCALE_RAD)
+    obs, reward, *_ = envs.step(actions)
+    np.testing.assert_array_equal(obs, expected.obs)
+    np.testing.assert_array_equal(reward, expected.reward)
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = TwinEnv("target", 2)
+    env.reset([0, 1])
+    return env
+
+
+def actions_with(value: float) -> np.ndarray:
+    actions = np.zeros((2, c.NUM_JOINTS))
+    actions[1, 3] = value
+    return actions
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda env: env.step_torque(actions_with(np.nan)), "torque of lane 1 holds NaN"),
+        (lambda env: env.step_target(actions_with(np.inf)), "joint target of lane 1 holds NaN or infinity"),
+        (lambda env: env.step_torque(np.zeros(12)), r"shape \(12,\), expected \(2, 12\)"),
+        (lambda env: env.step_target(np.zeros((2, 11))), r"shape \(2, 11\), expected \(2, 12\)"),
+        (lambda env: env.step_target(np.zeros((2, 12)), num_steps=0), "held for 0 physics steps"),
+        (lambda env: env.reset([0, -1]), "seed of lane 1 is -1"),
+        (lambda env: env.reset([2**64], lanes=np.array([1])), "seed of lane 1 is 18446744073709551616"),
+        (lambda env: env.reset([0.5, 1]), "seed of lane 0 is 0.5: give an integer"),
+        (lambda env: env.reset([0]), "1 seeds for 2 lanes"),
+        (lambda env: env.reset([0, 1], start_noise_rad=-0.1), "start noise is -0.1"),
+        (lambda env: env.reset([0, None], start_noise_rad=0.1), "give every lane to reset a seed"),
+        (lambda env: TwinEnv("penalty", 2), "unknown task 'penalty': choose one of goalie, obstacle, target"),
+        (lambda env: TwinEnv("target", 0), r"lanes \(0\)"),
+        (lambda env: TwinEnv("target", 1).step_torque(np.zeros((1, 12))), "call reset"),
+        (lambda env: TwinVectorEnv("target", 1, control="velocity"), "unknown control 'velocity'"),
+    ],
+)
+def test_bad_input_is_one_clear_error(env, call, message):
+    before = env.qpos.copy()
+    with pytest.raises(UserError, match=message):
+        call(env)
+    np.testing.assert_array_equal(env.qpos, before)
+
+
+def test_a_mujoco_outside_the_window_is_named(monkeypatch):
+    monkeypatch.setattr("envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
+    with pytest.raises(UserError, match="mujoco 3.4.0 cannot load"):
+        TwinEnv("target", 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda obs: np.full(c.NUM_JOINTS, np.nan), "returned NaN or infinity in task 'target', seed 9"),
+        (lambda obs: np.zeros(24), r"returned shape \(24,\) instead of \(12,\) in task 'target', seed 9"),
+    ],
+)
+def test_a_broken_policy_is_named(policy, message):
+    with pytest.raises(UserError, match=message):
+        twin.run_task("target", policy, [9])
