@@ -589,7 +589,7 @@ def _code() -> dict[str, Any]:
 
     def git(*command: str) -> str:
         full = ("git", "--no-optional-locks", "-C", str(here), *command)
-        return subprocess.run(full, capture_output=True, text=True, check=True, timeout=10).stdout
+        return subprocess.run(full, capture_output=True, text=True, check=True, timeout=30).stdout
 
     try:
         root, commit = git("rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]

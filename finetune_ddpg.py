@@ -42,7 +42,7 @@ import checkpoints
 import errors
 from convert_jax2torch import check_new, critics_from_arrays, fold_normalizer, load_module
 from envs import constants as c
-from envs.lanes import LaneStep, OfficialLanes, check_num_lanes, episode_seed
+from envs.lanes import BACKENDS, Lanes, LaneStep, check_num_lanes, episode_seed
 from errors import UserError
 from models.numpy_policy import LAYERS, policy_from_arrays
 from models.torch_networks import Actor, Critic
@@ -65,6 +65,7 @@ class Config:
     checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
     from_scratch: bool = False  # start from random networks instead
     preset: str = "cpu"  # demo, cpu or l4
+    backend: str = "official"  # official environments, one process a lane, or their twin: same numbers, faster
     seed: int = 0
     resume: bool = False  # go on from <out>.resume, if it is there
 
@@ -135,6 +136,8 @@ def resolve(config: Config) -> Config:
         raise UserError("give either --checkpoint DIR or --from-scratch")
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset} is unknown: use one of {', '.join(PRESETS)}")
+    if config.backend not in BACKENDS:
+        raise UserError(f"--backend {config.backend} is unknown: use one of {', '.join(BACKENDS)}")
     defaults = PRESETS[config.preset] | (_FROM_SCRATCH if config.from_scratch else _FROM_CHECKPOINT)
     config = replace(config, **{name: v for name, v in defaults.items() if getattr(config, name) is None})
     check_num_lanes(config.num_lanes)
@@ -392,7 +395,7 @@ class Scores(NamedTuple):
         }
 
 
-def validate(config: Config, lanes: OfficialLanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
+def validate(config: Config, lanes: Lanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
     """Score a policy on the seeds of a purpose in each task."""
     episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
     seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
@@ -442,7 +445,7 @@ class Statistics:
 class Run:
     """What one fine-tuning run carries from step to step."""
 
-    def __init__(self, config: Config, lanes: OfficialLanes):
+    def __init__(self, config: Config, lanes: Lanes):
         self.config, self.lanes = config, lanes
         self.rng = np.random.default_rng(config.seed)
         self.replay = Replay(config.buffer_size)
@@ -743,7 +746,7 @@ def main(config: Config) -> Path:
         parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
     saved = find_resume(config, resume_path, parent)
 
-    lanes = OfficialLanes(config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
+    lanes = Lanes(config.backend, config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
     with lanes, _one_torch_thread():
         run = Run(config, lanes)
         if saved is not None:

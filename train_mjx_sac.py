@@ -247,16 +247,15 @@ class Statistics:
     """Running sums over finished training episodes and dense terms, emptied at every log line."""
 
     def __init__(self):
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, jax.Array] = {}
 
-    def add(self, sums: dict[str, np.ndarray]) -> None:
-        """Add sums of one iteration (see `iteration_sums`)."""
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+    def add(self, sums: dict[str, jax.Array]) -> None:
+        """Add sums of one or more actions (see `iteration_sums`); they stay where they were computed."""
+        self.sums = _add(self.sums, sums) if self.sums else sums
 
     def take(self) -> dict[str, float]:
         """Means since the last call."""
-        s, self.sums = self.sums, {}
+        s, self.sums = {name: float(value) for name, value in self.sums.items()}, {}
         steps, episodes = max(s.get("steps", 0.0), 1.0), max(s.get("episodes", 0.0), 1.0)
         out = {f"reward/{k[5:]}": v / steps for k, v in s.items() if k.startswith("term/")}
         out |= {"reward/total": s.get("reward", 0.0) / steps, "episode/length": s.get("length", 0.0) / episodes,
@@ -266,6 +265,11 @@ class Statistics:
             out[f"episode/success_{task}"] = s.get(f"success/{task}", 0.0) / n
             out[f"episode/score_{task}"] = s.get(f"score/{task}", 0.0) / n
         return out
+
+
+@jax.jit
+def _add(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.add, a, b)
 
 
 def iteration_sums(outcome: Outcome, task_state: TaskState) -> dict[str, jax.Array]:
@@ -284,7 +288,7 @@ def iteration_sums(outcome: Outcome, task_state: TaskState) -> dict[str, jax.Arr
         ended = done & (task_state.task == index)
         sums |= {f"episodes/{task}": ended.sum(), f"success/{task}": (ended & outcome.success).sum(),
                  f"score/{task}": (ended * outcome.score).sum()}  # fmt: skip
-    return sums
+    return {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
 
 
 def select_lanes(done: jax.Array, if_done, if_not):
@@ -302,23 +306,36 @@ class NativeLoop:
         self.config, self.sac = config, sac
         self.engine = NativeEngine(config.num_envs, num_threads=os.cpu_count() or 2, dr_level=config.dr_level,
                                    seed=config.seed)  # fmt: skip
-        self.key = jax.random.key(config.seed + 1)
+        key = jax.random.key(config.seed + 1)
+        self.count = 0  # calls that drew randomness: every draw has its own number
         self.rng = np.random.default_rng(config.seed)
         noise = level(config.dr_level).obs_noise_std
-        self._reset = jax.jit(jax.vmap(lambda k: tasks.reset(k, config.starts)))
-        self._observe = jax.jit(jax.vmap(tasks.observe))
         advance_lanes = jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, config.max_actions))
+        observe = jax.vmap(tasks.observe)
+
+        # Each jitted function derives its key from the call's number, to spare a dispatch per split.
+        @jax.jit
+        def act(state, obs, count):
+            return sac.act(state, obs, jax.random.fold_in(key, count))
 
         @jax.jit
-        def after_physics(state, view, task_state, action, key):
+        def after_physics(state, view, task_state, action, count):
             task_state, outcome = advance_lanes(view, task_state, action)
-            outcome = outcome._replace(obs=add_observation_noise(state, outcome.obs, key, noise))
-            return task_state, outcome, iteration_sums(outcome, task_state)
+            obs = add_observation_noise(state, outcome.obs, jax.random.fold_in(key, count), noise)
+            return task_state, outcome._replace(obs=obs), iteration_sums(outcome, task_state), state.normalizer.update(obs)
 
-        self._after_physics = after_physics
-        self._act = jax.jit(sac.act)
+        @jax.jit
+        def reset(count):
+            keys = jax.random.split(jax.random.fold_in(key, count), config.num_envs)
+            return jax.vmap(lambda k: tasks.reset(k, config.starts))(keys)
+
+        @jax.jit
+        def restart(done, fresh, task_state, view, obs):
+            task_state = select_lanes(done, fresh, task_state)
+            return task_state, select_lanes(done, observe(view, task_state), obs)
+
+        self._act, self._after_physics, self._reset, self._restart = act, after_physics, reset, restart
         self._update = jax.jit(sac.update_many, donate_argnums=0)
-        self._learn_statistics = jax.jit(lambda n, obs: n.update(obs))
         capacity = config.buffer_size
         self.buffer = Batch(
             np.zeros((capacity, OBS_SIZE), np.float32),
@@ -328,16 +345,16 @@ class NativeLoop:
             np.zeros(capacity, np.float32),
         )
         self.cursor = self.filled = 0
-        qpos, qvel, self.task_state = self._reset(self._keys(config.num_envs))
+        qpos, qvel, self.task_state = self._reset(self._next())
         self.engine.reset(np.arange(config.num_envs), np.asarray(qpos), np.asarray(qvel))
         # Episodes start out of step with one another.
         offset = self.rng.integers(0, config.max_actions // 2, config.num_envs)
         self._first_cut = offset
-        self.obs = self._observe(self.engine.view(), self.task_state)
+        self.obs = jax.jit(observe)(self.engine.view(), self.task_state)
 
-    def _keys(self, count: int) -> jax.Array:
-        self.key, key = jax.random.split(self.key)
-        return jax.random.split(key, count)
+    def _next(self) -> int:
+        self.count += 1
+        return self.count
 
     def _sample(self) -> Batch:
         shape = (self.config.updates_per_iteration, self.config.batch_size)
@@ -346,16 +363,15 @@ class NativeLoop:
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """One action in every lane, and the updates that belong to it."""
-        noise_key, act_key = self._keys(2)
-        action = np.asarray(self._act(state, self.obs, act_key))
+        action = np.asarray(self._act(state, self.obs, self._next()))
         self.engine.step(np.asarray(joint_target_rad(action)))
-        self.task_state, outcome, sums = self._after_physics(
-            state, self.engine.view(), self.task_state, action, noise_key
+        self.task_state, outcome, sums, normalizer = self._after_physics(
+            state, self.engine.view(), self.task_state, action, self._next()
         )
+        statistics.add(sums)
+        state = state._replace(normalizer=normalizer)
         self._store(Batch(np.asarray(self.obs), action, np.asarray(outcome.reward), np.asarray(outcome.obs),
                           np.asarray(outcome.terminated, np.float32)))  # fmt: skip
-        statistics.add(jax.device_get(sums))
-        state = state._replace(normalizer=self._learn_statistics(state.normalizer, outcome.obs))
         self.obs = self._reset_done(outcome)
         metrics: dict = {}
         if learn:
@@ -371,19 +387,18 @@ class NativeLoop:
         self.cursor, self.filled = (self.cursor + n) % capacity, min(self.filled + n, capacity)
 
     def _reset_done(self, outcome: Outcome) -> jax.Array:
-        done = np.asarray(outcome.terminated | outcome.truncated)
+        done = np.asarray(outcome.terminated) | np.asarray(outcome.truncated)
         if self._first_cut is not None:
             done = done | (np.asarray(self.task_state.action_count) == self._first_cut + 1)
             if np.all(np.asarray(self.task_state.action_count) > self._first_cut + 1):
                 self._first_cut = None
         if not done.any():
             return outcome.obs
-        qpos, qvel, fresh = self._reset(self._keys(self.config.num_envs))
+        qpos, qvel, fresh = self._reset(self._next())
         lanes = np.flatnonzero(done)
         self.engine.reset(lanes, np.asarray(qpos)[lanes], np.asarray(qvel)[lanes])
-        self.task_state = select_lanes(jnp.asarray(done), fresh, self.task_state)
-        start_obs = self._observe(self.engine.view(), self.task_state)
-        return select_lanes(jnp.asarray(done), start_obs, outcome.obs)
+        self.task_state, obs = self._restart(done, fresh, self.task_state, self.engine.view(), outcome.obs)
+        return obs
 
     def close(self) -> None:
         """Stop the threads."""
@@ -473,7 +488,7 @@ class MjxLoop:
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
         state, self.loop, sums, metrics = self._run(state, self.loop, learn=learn)
-        statistics.add(jax.device_get(sums))
+        statistics.add(sums)
         return state, metrics
 
     def close(self) -> None:
@@ -577,10 +592,23 @@ def config_dict(config: Config) -> dict:
 def write_checkpoint(path: Path, config: Config, state: SacState, steps: int, metrics: dict, golden_obs: np.ndarray,
                      extra: dict | None = None) -> None:  # fmt: skip
     """Write the policy (and, for resuming, the learner) with golden pairs taken from real observations."""
-    golden_obs = np.asarray(golden_obs[:16], np.float32)
+    golden_obs = np.resize(np.asarray(golden_obs, np.float32), (16, OBS_SIZE))  # fewer lanes repeat
     actions = nets.mean_action(state.actor, state.normalizer(jnp.asarray(golden_obs)))
     checkpoints.save(path, "pretrained", policy_arrays(state), golden_obs, np.asarray(actions, np.float32),
                      config_dict(config), config.seed, steps, None, metrics, extra or {}, overwrite=True)  # fmt: skip
+
+
+def find_resume(config: Config, path: Path) -> checkpoints.Checkpoint | None:
+    """The saved state to go on from, or None for a new run; a new run never goes over an old one."""
+    exists = any(p.exists() for p in (path, path.with_name(f"{path.name}.previous")))
+    if config.resume:
+        if exists:
+            return checkpoints.load_latest(path, ("pretrained",))
+        print(f"{path} is not there: starting from the beginning", flush=True)
+    checkpoints.check_output_dir(config.out)
+    if exists or (config.out / checkpoints.MANIFEST).exists():
+        raise UserError(f"{config.out} holds a run: give --resume to go on with it, or another --out")
+    return None
 
 
 # --- main ----------------------------------------------------------------------------------------------------
@@ -590,17 +618,18 @@ def main(config: Config) -> Path:
     """Train; returns the checkpoint directory."""
     config = resolve(config)
     resume_path = config.out.with_name(config.out.name + ".resume")
-    if not config.resume:
-        checkpoints.check_output_dir(config.out)
-        checkpoints.check_output_dir(resume_path)
+    saved = find_resume(config, resume_path)
     tasks, sac = Tasks(), Sac(config)
     state = sac.init(jax.random.key(config.seed))
     steps, best_score = 0, -np.inf
-    if config.resume:
-        latest = checkpoints.load_latest(resume_path)
-        state = restore(state, checkpoints.load_extra(latest, "learner"))
-        steps = latest.manifest["steps"]
-        best_score = latest.manifest["metrics"].get("best_score", -np.inf)
+    if saved is not None:
+        state = restore(state, checkpoints.load_extra(saved, "learner"))
+        steps = saved.manifest["steps"]
+        best_score = saved.manifest["metrics"]["best_score"]
+        best_score = -np.inf if best_score is None else best_score  # not finite is written as null
+        if steps >= config.total_steps:
+            print(f"{config.out} is finished already, at step {steps:,}\n{config.out}")
+            return config.out
         print(f"resuming at step {steps:,}; the replay buffer is refilled with the restored policy", flush=True)
     elif config.init is not None:
         state = warm_start(state, checkpoints.load(config.init, ("pretrained",)).arrays)

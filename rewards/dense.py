@@ -23,8 +23,8 @@ from preprocess.observation import projected_gravity, yaw_rad
 class DenseWeights:
     """Weight of each term; the names are the terms'."""
 
-    shot: float = 1.0  # per point of expected official score gained
-    approach: float = 0.1  # per action at 1 m/s toward the kicking position
+    shot: float = 1.5  # per point of expected official score gained
+    approach: float = 0.2  # per action at 1 m/s toward the kicking position
     face_ball: float = 0.03  # per action, cosine
     alive: float = 0.05
     tilt: float = -0.2  # squared horizontal part of gravity in the body
@@ -80,7 +80,8 @@ def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
     in_window = jnp.exp(-jnp.sum(window**2) / 0.35**2)
     reach = c.DEFENDER_HALF_WIDTH_M + c.BALL_RADIUS_M
     on_defender = _soft(jnp.max(reach - jnp.abs(y_cross - state.defender_pos_w[:, 1])), 0.1)
-    obstacle = jnp.maximum(2.5 * in_window, -0.5 * on_defender - 3.0 * (1 - on_defender))
+    rolling = -0.5 * on_defender - 3.0 * (1 - on_defender)
+    obstacle = 2.5 * in_window + (1 - in_window) * rolling
     where_it_ends = jnp.where(state.task == c.OBSTACLE, obstacle, goalie)
     return 1.5 * jnp.clip(toward, -1.0, 10.0) + moving * where_it_ends
 

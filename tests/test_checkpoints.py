@@ -163,16 +163,23 @@ def test_neither_jax_nor_torch_is_imported():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True) == "set()\n"
 
 
-def test_commit_is_that_of_this_tree(tmp_path, monkeypatch):
-    checkpoints._code.cache_clear()
-    code = checkpoints._code()
-    assert code.keys() == {"commit", "dirty"}
-    if (Path(checkpoints.__file__).parent / ".git").exists() and shutil.which("git"):
-        assert len(code["commit"]) == 40 and isinstance(code["dirty"], bool)
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
-    checkpoints._code.cache_clear()
-    assert checkpoints._code() == {"commit": None, "dirty": None}
-    checkpoints._code.cache_clear()
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_commit_is_that_of_this_tree_alone(tmp_path, monkeypatch):
+    def code(directory: Path) -> dict:
+        monkeypatch.setattr(checkpoints, "__file__", str(directory / "checkpoints.py"))
+        return checkpoints._code.__wrapped__()  # not the cached answer for this process
+
+    unknown = {"commit": None, "dirty": None}
+    assert code(tmp_path) == unknown
+    as_somebody = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (("init", "-q"), (*as_somebody, "commit", "-q", "--allow-empty", "-m", "first")):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    commit = subprocess.check_output(["git", "-C", tmp_path, "rev-parse", "HEAD"], text=True).strip()
+    assert code(tmp_path) == {"commit": commit, "dirty": False}
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "checkpoints.py").touch()
+    assert code(tmp_path) == {"commit": commit, "dirty": True}
+    assert code(tmp_path / "installed") == unknown  # somebody else's tree around it
 
 
 # --- what is not loaded -------------------------------------------------------------------------------
@@ -312,7 +319,8 @@ def test_a_policy_of_one_joint_is_refused(tmp_path):
     arrays = network("converted")
     arrays["actor.output.weight"] = np.zeros((1, HIDDEN), np.float32)
     arrays["actor.output.bias"] = np.zeros(1, np.float32)
-    assert "no policy" in one_line(save, tmp_path, arrays=arrays, golden_actions=np.zeros((16, 12), np.float32))
+    actions = np.zeros((16, 12), np.float32)
+    assert "no policy" in one_line(save, tmp_path, arrays=arrays, golden_actions=actions)
 
 
 def test_a_missing_layer_is_refused(copy):

@@ -5,89 +5,132 @@ import pytest
 
 from envs import constants as c
 from envs import official, pd
-from envs.lanes import Lane, OfficialLanes, check_num_lanes, episode_seed
+from envs.lanes import Lanes, OfficialEngine, Player, TwinEngine, check_num_lanes, episode_seed
 from errors import UserError
-from preprocess.observation import OBS_SIZE, observe
+from preprocess.observation import OBS_SIZE, SLICES
+from preprocess.submission import Preprocessor
 
 NOISE_RAD = 0.02
-NO_ACTIONS = np.zeros((0, c.NUM_JOINTS), np.float32)
+ZEROS, ONES = np.zeros((1, c.NUM_JOINTS), np.float32), np.ones((1, c.NUM_JOINTS), np.float32)
 
 
 @pytest.fixture(scope="module")
-def lane() -> Lane:
-    return Lane("obstacle", (7,), NOISE_RAD)
+def engine() -> OfficialEngine:
+    return OfficialEngine("obstacle", 1)
 
 
-def test_an_action_is_ten_physics_steps_of_the_official_control(lane):
+@pytest.fixture
+def player(engine) -> Player:
+    return Player(engine, [(7,)], NOISE_RAD)
+
+
+def test_an_action_is_ten_physics_steps_of_the_official_control(player):
     """Against the loop written out on an environment of its own."""
-    obs_lane, _ = lane.start(3, NO_ACTIONS)
+    obs_lane, _ = player.start()
     env = official.make("obstacle")
-    obs, info = official.reset(env, episode_seed(7, 3), NOISE_RAD)
-    np.testing.assert_array_equal(obs_lane, observe(obs[:12], obs[12:24], info, np).astype(np.float32))
+    obs, info = official.reset(env, episode_seed(7, 0), NOISE_RAD)
+    np.testing.assert_array_equal(obs_lane[0], Preprocessor().modify_state(obs, info)[0])
     action = np.linspace(-0.5, 0.5, c.NUM_JOINTS).astype(np.float32)
-    for round_ in range(3):
-        step = lane.step(action)
+    for count in (10, 20, 30):
+        step = player.step(action[None])
         for _ in range(10):
-            torque_nm = pd.torque_nm(pd.joint_target_rad(action), obs[:12], obs[12:24], np)
+            torque_nm = pd.platform_torque_nm(action, obs[:12], obs[12:24])
             obs, _, _, _, info = env.step(torque_nm)
-        np.testing.assert_array_equal(step.obs, observe(obs[:12], obs[12:24], info, np).astype(np.float32))
-        assert (step.physics_steps, step.terminated, step.truncated, step.score) == (10 * (round_ + 1), False, False, 0)
+        np.testing.assert_array_equal(step.obs[0], Preprocessor().modify_state(obs, info)[0])
+        assert step.physics_steps == [count] and step.score == [0.0]
+        assert not step.terminated[0] and not step.truncated[0]
     data = env.unwrapped.sim.data._data
-    np.testing.assert_allclose(step.reading.robot_pos_w, data.site("robot_0:imu").xpos, rtol=0, atol=1e-9)
-    np.testing.assert_array_equal(step.reading.ball_centre_pos_w, data.geom("ball").xpos)
-    np.testing.assert_allclose(step.reading.aim_pos_w, data.site("goalarea_site").xpos, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(step.reading.robot_pos_w[0], data.site("robot_0:imu").xpos, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(step.reading.ball_centre_pos_w[0], data.geom("ball").xpos)
+    np.testing.assert_allclose(step.reading.aim_pos_w[0], data.site("goalarea_site").xpos, rtol=0, atol=1e-9)
 
 
-def test_the_end_pays_the_score_and_keeps_the_final_observation(lane):
-    lane.start(0, NO_ACTIONS)
-    step = lane.step(np.ones(c.NUM_JOINTS, np.float32))
-    while not step.terminated:
-        assert step.score == 0.0
+def test_the_end_pays_the_score_and_keeps_the_final_observation(player, engine):
+    player.start()
+    step = player.step(ONES)
+    while not step.terminated[0]:
+        assert step.score == [0.0]
         np.testing.assert_array_equal(step.obs, step.next_obs)
-        step = lane.step(np.ones(c.NUM_JOINTS, np.float32))
-    assert step.fell and not step.truncated and not step.success
+        step = player.step(ONES)
+    assert step.fell[0] and not step.truncated[0] and not step.success[0]
     # Fallen, no touch: -1.5 - 1.0, and 0.25 (1 - tanh d) of about two metres of distance.
-    assert step.score == pytest.approx(-2.5 + 0.01, abs=0.01)
-    fresh, reading = lane.start(1, NO_ACTIONS)
-    np.testing.assert_array_equal(step.next_obs, fresh)
-    np.testing.assert_array_equal(step.next_reading, reading)
-    assert not np.array_equal(step.obs, fresh)
+    assert step.score[0] == pytest.approx(-2.5 + 0.01, abs=0.01)
+    obs, info = official.reset(engine._env, episode_seed(7, 1), NOISE_RAD)
+    np.testing.assert_array_equal(step.next_obs[0], Preprocessor().modify_state(obs, info)[0])
+    assert not np.array_equal(step.obs, step.next_obs)
 
 
-def test_an_episode_is_its_seed_and_its_actions(lane):
-    rng = np.random.default_rng(0)
-    actions = rng.uniform(-0.3, 0.3, (20, c.NUM_JOINTS)).astype(np.float32)
-    lane.start(5, NO_ACTIONS)
-    steps = [lane.step(action) for action in actions]
-    lane.start(9, actions)  # something else in between
-    obs, reading = lane.start(5, actions[:15])
+def test_an_episode_is_its_seed_and_its_actions(player):
+    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (20, 1, c.NUM_JOINTS)).astype(np.float32)
+    player.start()
+    steps, states = [], []
+    for action in actions:
+        steps.append(player.step(action))
+        states.append(player.state())
+    obs, reading = player.restore(states[14])
     np.testing.assert_array_equal(obs, steps[14].obs)
     np.testing.assert_array_equal(reading, steps[14].reading)
-    np.testing.assert_array_equal(lane.step(actions[15]).obs, steps[15].obs)
+    np.testing.assert_array_equal(player.step(actions[15]).obs, steps[15].obs)
 
 
-def test_a_diverged_simulation_ends_its_episode_with_the_last_good_numbers(lane):
+def test_a_broken_simulation_ends_its_episode_with_the_last_good_numbers(player, engine):
     """MuJoCo starts again by itself, which looks like an ordinary step from outside."""
-    zeros = np.zeros(c.NUM_JOINTS, np.float32)
-    lane.start(0, NO_ACTIONS)
-    good = lane.step(zeros)
-    lane._env.unwrapped.sim.data._data.qvel[:] = np.nan
-    step = lane.step(zeros)
-    assert step.terminated and not step.truncated and step.score == 0.0
-    np.testing.assert_array_equal(step.reading.robot_pos_w, good.reading.robot_pos_w)
-    for value in (step.obs, step.next_obs, *step.reading, *step.next_reading):
+    player.start()
+    good = player.step(ZEROS)
+    engine._env.unwrapped.sim.data._data.qvel[:] = np.nan
+    step = player.step(ZEROS)
+    assert step.terminated[0] and not step.truncated[0] and step.score == [0.0]
+    np.testing.assert_array_equal(step.obs, good.obs)
+    np.testing.assert_array_equal(step.reading, good.reading)
+    for value in (step.next_obs, *step.next_reading):
         assert np.isfinite(value).all()
-    assert not lane.step(zeros).terminated
-    np.testing.assert_array_equal(step.next_obs, lane.start(1, NO_ACTIONS)[0])
+    assert not player.step(ZEROS).terminated[0]
 
 
-def test_lanes_run_side_by_side_and_come_back():
-    rng = np.random.default_rng(1)
-    actions = rng.uniform(-0.3, 0.3, (12, 3, c.NUM_JOINTS)).astype(np.float32)
-    with OfficialLanes(3, 4, NOISE_RAD) as lanes:
-        assert lanes.task == list(c.TASKS)
+@pytest.mark.parametrize("task", c.TASKS)
+def test_twin_lanes_are_official_lanes(task):
+    """Two lanes of the twin, of which one falls on the way, against two official environments."""
+    keys = [(3, 0), (3, 1)]
+    twins = Player(TwinEngine(task, 2), keys, NOISE_RAD)
+    officials = [Player(OfficialEngine(task, 1), [key], NOISE_RAD) for key in keys]
+    for theirs, ours in zip(_columns([player.start() for player in officials]), _flat(twins.start())):
+        np.testing.assert_array_equal(ours, theirs)
+    rng = np.random.default_rng(0)
+    ended = 0
+    for i in range(58):
+        actions = rng.uniform(-0.2, 0.2, (2, c.NUM_JOINTS)).astype(np.float32)
+        actions[1] += 0.8  # falls soon
+        if i == 52:  # play again episodes of different lengths
+            state = twins.state()
+            assert state["lane_length"][0] > state["lane_length"][1]
+            twins.restore(state)
+        theirs = _columns([player.step(action[None]) for player, action in zip(officials, actions)])
+        ours = twins.step(actions)
+        for their_value, our_value in zip(theirs, _flat(ours)):
+            np.testing.assert_array_equal(our_value, their_value)
+        ended += ours.terminated.sum()
+    assert ended == 2
+
+
+def _flat(step) -> list[np.ndarray]:
+    """The arrays of a tuple, its tuples unpacked."""
+    return [array for entry in step for array in (_flat(entry) if isinstance(entry, tuple) else [entry])]
+
+
+def _columns(steps: list) -> list[np.ndarray]:
+    """The arrays of several lanes' steps, joined."""
+    return [np.concatenate(arrays) for arrays in zip(*map(_flat, steps))]
+
+
+@pytest.mark.parametrize(("backend", "number"), [("official", 3), ("twin", 6)])
+def test_lanes_run_side_by_side_and_come_back(backend, number):
+    actions = np.random.default_rng(1).uniform(-0.3, 0.3, (12, number, c.NUM_JOINTS)).astype(np.float32)
+    with Lanes(backend, number, 4, NOISE_RAD) as lanes:
+        assert lanes.task == number // 3 * list(c.TASKS)
         obs, reading = lanes.start()
-        assert obs.shape == (3, OBS_SIZE) and reading.aim_pos_w.shape == (3, 3)
+        assert obs.shape == (number, OBS_SIZE) and reading.aim_pos_w.shape == (number, 3)
+        one_hot = obs[:, SLICES["task_one_hot"]]
+        np.testing.assert_array_equal(one_hot, np.eye(3)[[c.TASKS.index(task) for task in lanes.task]])
         for now in actions[:6]:
             lanes.send(now)
             lanes.receive()

@@ -1,0 +1,403 @@
+"""The verification gates between pre-training and fine-tuning: measured numbers, each held against its limits.
+
+    python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0]
+
+Input: a "pretrained" checkpoint and the "converted" one made from it. Output: a table, one line on stderr for
+every check that fails, and with `--json` a file that holds all the numbers. Exit status 1 if a check fails.
+
+Gate 1: the observation is the same in JAX, in NumPy and in the class that is submitted, on states of the
+official environments, those of turned and tilted robots too; and turning the robot proves that its
+quaternion is read in the right order. Gate 2: the JAX actor and the converted PyTorch actor give the same
+actions, log_std lies in its range before clipping, and from the same starts the converted policy acts at
+every observation as the pre-trained one would, and scores like it.
+"""
+
+import functools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# JAX, PyTorch and the SDK are imported where they are used: worker processes load this module too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
+
+import mujoco
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import checkpoints
+import errors
+from checkpoints import Checkpoint
+from envs import constants as c
+from envs import official, pd, scene
+from envs.official import Policy, TaskIndex
+from errors import UserError
+from evaluate import evaluate
+from models.numpy_policy import policy_from_arrays
+from preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
+from preprocess.submission import Preprocessor
+
+MIN_STATES = 100  # per task
+FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number a, times max(1, |a|)
+ROTATION_LIMIT = 1e-5  # metres and units of gravity; the official quaternion is float32
+ACTION_LIMIT = 1e-5
+LOG_STD_RANGE = (-5.0, 2.0)
+_TURNS = 20  # robots turned per task to prove the quaternion's order
+_TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
+_TURNED_STREAM = 1  # a random stream beside the bare seed's
+
+Info = dict[str, np.ndarray]
+Act = Callable[[np.ndarray], np.ndarray]  # observation (87,) float32 -> action (12,) in [-1, 1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to hold against what, and how long."""
+
+    pretrained: Path  # "pretrained" checkpoint directory
+    converted: Path  # the "converted" one made from it
+    json: Path | None = None  # new file for the numbers
+    seed: int = 0  # master seed of the official starts and of the turns
+    states: int = 120  # official states per task for the comparisons, at least 100; half as many turned ones
+    episodes: int = 10  # per task and policy, for actions and score along the trajectory
+    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number that must lie within its limits, both included."""
+
+    gate: int
+    name: str
+    measured: float
+    low: float
+    high: float
+    where: str  # what the number was taken from
+    remedy: str  # where to look when it fails
+
+    @property
+    def passed(self) -> bool:
+        """Whether it does; NaN does not."""
+        return self.low <= self.measured <= self.high
+
+
+# --- official states ----------------------------------------------------------------------------------
+
+
+def turn(env: TaskIndex, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
+    """Turn the official robot where it stands; `obs` and `info` from the environment's own methods."""
+    official_env = env.unwrapped
+    model, data = official_env.sim.model._model, official_env.sim.data._data
+    root = scene.official_addresses(model).root_q
+    data.qpos[root] = [*data.qpos[root][:3], *quat_wxyz]
+    mujoco.mj_forward(model, data)
+    return official_env._get_obs(), official_env._get_info() | {"task_index": env.task_index}
+
+
+def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
+    """Any heading, and a tilt as of a stumbling robot."""
+    roll_pitch_yaw_rad = [*rng.normal(0.0, _TILT_RAD, 2), rng.uniform(-np.pi, np.pi)]
+    quat_wxyz = np.zeros(4)
+    mujoco.mju_euler2Quat(quat_wxyz, roll_pitch_yaw_rad, "XYZ")
+    return quat_wxyz
+
+
+def record(
+    task: str, act: Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
+) -> tuple[np.ndarray, Info]:
+    """Official observations (states, raw) and info (states, ...) that a policy meets, one per action, held control.
+
+    As many episodes as it takes; with `turned` each starts from a random orientation.
+    """
+    env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
+    met, episode = [], 0
+    while len(met) < states:
+        obs, info = official.reset(env, official.match_seed(seed, episode), start_noise_rad)
+        if turned:
+            obs, info = turn(env, random_quat_wxyz(rng))
+        episode, step, ended = episode + 1, 0, False
+        while not ended and len(met) < states:
+            if step % c.PHYSICS_STEPS_PER_ACTION == 0:
+                met.append((obs, {key: value for key, value in info.items() if isinstance(value, np.ndarray)}))
+                action = act(in_numpy(obs, info).astype(np.float32))
+            torque_nm = pd.platform_torque_nm(action, obs[SLICES["joint_pos"]], obs[SLICES["joint_vel"]])
+            obs, _, terminated, truncated, info = env.step(torque_nm)
+            step, ended = step + 1, terminated or truncated
+    env.close()
+    observations, infos = zip(*met)
+    return np.stack(observations), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
+
+
+# --- gate 1: the observation ----------------------------------------------------------------------------
+
+
+def _observe(obs, info, xp):
+    """Our observation (..., 87); the official one begins with the same joint rows."""
+    return observe(obs[..., SLICES["joint_pos"]], obs[..., SLICES["joint_vel"]], info, xp)
+
+
+def in_numpy(obs: np.ndarray, info: Info) -> np.ndarray:
+    """The observation (..., 87) in NumPy's float64."""
+    return _observe(obs, info, np)
+
+
+def in_jax(obs: np.ndarray, info: Info, x64: bool = False) -> np.ndarray:
+    """The observation (..., 87) in JAX, compiled, in float32 or float64."""
+    import jax
+
+    dtype = np.float64 if x64 else np.float32
+    with jax.enable_x64(x64):
+        return np.asarray(_compiled()(obs.astype(dtype), {key: value.astype(dtype) for key, value in info.items()}))
+
+
+@functools.cache
+def _compiled():
+    import jax
+    import jax.numpy as jnp
+
+    return jax.jit(lambda obs, info: _observe(obs, info, jnp))
+
+
+def submitted_preprocessor():
+    """The class as the platform loads it: from its source, imports removed, alone, without an environment."""
+    from sai_rl.model.custom import PreprocessingManager
+
+    return PreprocessingManager(Preprocessor, env=None)
+
+
+def difference(actual: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
+    """Largest |actual - expected| / max(1, |expected|) of observations (N, 87), and the feature it is in."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    apart = np.abs(actual - expected) / np.maximum(1.0, np.abs(expected))
+    worst = {row.name: float(apart[..., SLICES[row.name]].max()) for row in TABLE}
+    feature = max(worst, key=lambda name: np.nan_to_num(worst[name], nan=np.inf))
+    return worst[feature], feature
+
+
+def rotation_error(task: str, seed: int) -> float:
+    """Largest error of gravity (body frame) and ball (heading frame, m), by MuJoCo's rotation matrix, robots turned."""
+    env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
+    official.reset(env, official.match_seed(seed, 0))
+    data, imu_site = env.unwrapped.sim.data._data, env.unwrapped._root_site
+    errors_of_turns = []
+    for _ in range(_TURNS):
+        observed = in_numpy(*turn(env, random_quat_wxyz(rng)))
+        body_to_world = data.site(imu_site).xmat.reshape(3, 3)
+        forward_w = body_to_world[:2, 0] / np.linalg.norm(body_to_world[:2, 0])
+        left_w = np.array([-forward_w[1], forward_w[0]])
+        ball_w = (data.site("ball").xpos - data.site(imu_site).xpos)[:2]
+        errors_of_turns += [
+            observed[SLICES["ball_pos_rel_robot_h"]][:2] - [forward_w @ ball_w, left_w @ ball_w],
+            observed[SLICES["projected_gravity_b"]] - body_to_world.T @ [0.0, 0.0, -1.0],
+        ]
+    env.close()
+    return float(np.abs(np.concatenate(errors_of_turns)).max())
+
+
+def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) -> list[Check]:
+    """Gate 1 on official states of each task, and on robots turned at their start."""
+    submitted = submitted_preprocessor()
+    pairs: dict[str, list[tuple[float, str]]] = {}
+    for task, (obs, info) in states.items():
+        in_float64 = in_numpy(obs, info)
+        in_float32, from_class = in_jax(obs, info), submitted.modify_state(obs, info)
+        for name, actual, expected in (
+            ("JAX float32 and NumPy", in_float32, in_float64),
+            ("JAX float64 and NumPy", in_jax(obs, info, x64=True), in_float64),
+            ("submitted class and NumPy", from_class, in_float64),
+            ("JAX float32 and submitted class", in_float32, from_class),
+        ):
+            apart, feature = difference(actual, expected)
+            pairs.setdefault(name, []).append((apart, f"{task}, {feature}"))
+    checks = []
+    for name, found in pairs.items():
+        apart, where = max(found, key=lambda pair: np.nan_to_num(pair[0], nan=np.inf))
+        limit = FLOAT64_LIMIT if "float64" in name else FLOAT32_LIMIT
+        remedy = "compare this row in preprocess/observation.py and preprocess/submission.py"
+        checks.append(Check(1, f"observation, {name}", apart, 0.0, limit, where, remedy))
+    worst, task = max((rotation_error(task, seed), task) for task in c.TASKS)
+    remedy = "look at the quaternion's order in preprocess/observation.py (MuJoCo: wxyz, official info: xyzw)"
+    where = f"{task}, robots turned"
+    return [*checks, Check(1, "rotation, by MuJoCo's own matrix", worst, 0.0, ROTATION_LIMIT, where, remedy)]
+
+
+# --- gate 2: the policy ---------------------------------------------------------------------------------
+
+
+def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray) -> tuple[list[Check], dict]:
+    """JAX against PyTorch on real (N, 87) and golden observations, and log_std on the real ones."""
+    from convert_jax2torch import compare
+
+    obs = np.concatenate([real_obs, pretrained.golden_obs])
+    actions = policy_from_arrays(pretrained.arrays)(obs)
+    differences, log_std = compare(pretrained.arrays, converted.arrays, obs, actions)
+    log_std = log_std[: len(real_obs)]
+    low, high = LOG_STD_RANGE
+    where = f"{len(real_obs)} real observations"
+    remedy = "pre-training diverged: take an earlier checkpoint or train longer"
+    checks = [
+        Check(
+            2,
+            "action, JAX and PyTorch actors",
+            differences["actor"],
+            0.0,
+            ACTION_LIMIT,
+            f"{where}, {len(pretrained.golden_obs)} golden ones",
+            "convert again with convert_jax2torch.py",
+        ),
+        Check(2, "log_std before clipping, lowest", float(log_std.min()), low, high, where, remedy),
+        Check(2, "log_std before clipping, highest", float(log_std.max()), low, high, where, remedy),
+    ]
+    spread = {
+        "min": float(log_std.min()),
+        "mean": float(log_std.mean()),
+        "max": float(log_std.max()),
+        "share_outside": 1.0 - float(np.mean((low <= log_std) & (log_std <= high))),
+    }
+    return checks, spread
+
+
+class Recorded(NamedTuple):
+    """A policy that appends every observation it acts on to a file of its process."""
+
+    policy: Policy
+    directory: Path
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        with (self.directory / f"{os.getpid()}.float32").open("ab") as file:
+            file.write(np.asarray(obs, np.float32).tobytes())
+        return self.policy(obs)
+
+
+def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
+    """Play both from the same starts: the converted one's actions along its way, and its score."""
+    before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
+    starts = (config.episodes, config.seed, config.start_noise)
+    with tempfile.TemporaryDirectory() as directory:
+        converted_result = evaluate(Recorded(after, Path(directory)), *starts)
+        met = np.concatenate([np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())])
+    pretrained_result = evaluate(before, *starts)
+    met = met.reshape(-1, OBS_SIZE)
+    apart = float(np.abs(after(met) - before(met)).max())
+    low, high = pretrained_result["ci95"]
+    where = f"{config.episodes} starts per task"
+    checks = [
+        Check(
+            2,
+            "action along the trajectory",
+            apart,
+            0.0,
+            ACTION_LIMIT,
+            f"{len(met):,} observations of {where}",
+            "convert again with convert_jax2torch.py",
+        ),
+        Check(
+            2,
+            "converted score in pre-trained one's 95 % interval",
+            converted_result["mean"],
+            low,
+            high,
+            where,
+            "repeat with another --seed or more --episodes; if it stays outside, the policies differ",
+        ),
+    ]
+    return checks, {
+        stage: {name: result[name] for name in ("mean", "ci95")}
+        | {"tasks": {task: of_task["mean"] for task, of_task in result["tasks"].items()}}
+        for stage, result in (("pretrained", pretrained_result), ("converted", converted_result))
+    }
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
+    """The two checkpoints; `UserError` for numbers out of range, or unless one was made from the other."""
+    if config.states < MIN_STATES or config.episodes < 1 or config.seed < 0 or config.start_noise < 0.0:
+        raise UserError(
+            f"--states {config.states}, --episodes {config.episodes}, --seed {config.seed}, --start-noise "
+            f"{config.start_noise}: at least {MIN_STATES} states, 1 episode, and nothing negative"
+        )
+    if config.json is not None and config.json.exists():
+        raise UserError(f"{config.json} exists and is not overwritten: name another file or remove it")
+    pretrained = checkpoints.load(config.pretrained, ("pretrained",))
+    converted = checkpoints.load(config.converted, ("converted",))
+    if converted.manifest["parent"] != {"stage": pretrained.stage, "hash": pretrained.hash}:
+        raise UserError(
+            f"checkpoint {config.converted} was not converted from {config.pretrained}: give the one it came from"
+        )
+    return pretrained, converted
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measure, print, write the JSON file if one is named; returns its content, with `passed` as the verdict."""
+    pretrained, converted = load(config)
+    policy = policy_from_arrays(converted.arrays)
+    visited, states = {}, {}
+    for task in c.TASKS:
+        visited[task] = record(task, policy, config.states, config.seed, config.start_noise)
+        turned = record(task, policy, config.states // 2, config.seed, config.start_noise, turned=True)
+        joined = {key: np.concatenate([values, turned[1][key]]) for key, values in visited[task][1].items()}
+        states[task] = np.concatenate([visited[task][0], turned[0]]), joined
+    # Robots turned away from everything met in training strain float32; only where a policy goes counts.
+    real_obs = np.concatenate([in_numpy(*visited[task]) for task in c.TASKS]).astype(np.float32)
+
+    checks = observation_checks(states, config.seed)
+    of_actor, log_std = actor_checks(pretrained, converted, real_obs)
+    of_trajectory, scores = trajectory_checks(pretrained, converted, config)
+    checks += of_actor + of_trajectory
+    report = {
+        "passed": all(check.passed for check in checks),
+        "pretrained": {"checkpoint": str(config.pretrained), "hash": pretrained.hash},
+        "converted": {"checkpoint": str(config.converted), "hash": converted.hash},
+        "seed": config.seed,
+        "states_per_task": {"visited": config.states, "turned": config.states // 2},
+        "checks": [asdict(check) | {"passed": check.passed} for check in checks],
+        "log_std": log_std,
+        "scores": scores,
+    }
+    _print(checks, report)
+    if config.json is not None:
+        config.json.parent.mkdir(parents=True, exist_ok=True)
+        with config.json.open("x") as file:
+            json.dump(report, file, indent=2)
+            file.write("\n")
+        print(config.json)
+    return report
+
+
+def _print(checks: list[Check], report: dict[str, Any]) -> None:
+    """The table on stdout, a line for each failure on stderr."""
+    table = Table(title="Gates")
+    for column in ("gate", "check", "measured", "limits", "verdict"):
+        table.add_column(column)
+    for check in checks:
+        limits = f"<= {check.high:.3g}" if check.low == 0.0 else f"{check.low:+.3g} .. {check.high:+.3g}"
+        verdict = "passed" if check.passed else "FAILED"
+        table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", limits, verdict)
+    console, log_std = Console(), report["log_std"]
+    console.print(table)
+    console.print(
+        f"log_std before clipping: min {log_std['min']:+.2f}, mean {log_std['mean']:+.2f}, max {log_std['max']:+.2f}, "
+        f"{log_std['share_outside']:.2%} outside {LOG_STD_RANGE}"
+    )
+    for check in checks:
+        if not check.passed:
+            print(
+                f"failed: gate {check.gate}, {check.name}: {check.measured:.3g} is not within "
+                f"[{check.low:.3g}, {check.high:.3g}] ({check.where}); {check.remedy}",
+                file=sys.stderr,
+            )
+
+
+if __name__ == "__main__":
+    import gates  # by its name: workers must find `Recorded`, and this script's own name means nothing to them
+
+    report = errors.run(gates.main, tyro.cli(gates.Config, description=__doc__))
+    sys.exit(0 if report["passed"] else 1)

@@ -1,0 +1,122 @@
+"""The dense terms, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from envs import constants as c
+from envs.tasks import Events, Readings, StartMix, TaskState, Tasks
+from rewards import dense
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return Tasks()
+
+
+def _state(tasks: Tasks, task: str, **changes) -> TaskState:
+    mix = StartMix(task_share=tuple(np.eye(3)[c.TASKS.index(task)]), official_place=1.0)
+    state = tasks.reset(jax.random.key(0), mix)[2]
+    return state._replace(**{k: jnp.asarray(v) for k, v in changes.items()})
+
+
+def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=0.0) -> Readings:
+    zeros = {name: jnp.zeros(3) for name in Readings._fields}
+    zeros |= {"joint_pos": jnp.asarray(c.DEFAULT_POSE_RAD), "joint_vel": jnp.zeros(12)}
+    zeros |= {
+        "imu_pos_w": jnp.array([*robot, 0.65]),
+        "imu_quat_wxyz": jnp.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]),
+        "ball_center_pos_w": jnp.array([*ball, c.BALL_RADIUS_M]),
+        "ball_center_vel_w": jnp.asarray(ball_vel, jnp.float32),
+        "foot_pos_w": jnp.zeros((2, 3)),
+        "foot_vel_w": jnp.zeros((2, 3)),
+        "foot_on_ground": jnp.array([True, True]),
+    }
+    return Readings(**zeros)
+
+
+def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0), distance=(2.0, 2.0), **readings):
+    state = _state(tasks, task, shot_value=shot[0], approach_distance_m=distance[0])
+    none = jnp.array(False)
+    events = Events(none, none, none, none, none)._replace(**(events or {}))
+    action = jnp.zeros(12) if action is None else jnp.asarray(action)
+    return dense.Transition(_readings(**readings), state, state, events, action, jnp.array(shot[1]), jnp.array(distance[1]))
+
+
+def test_every_term_has_a_weight_and_the_sum_is_weighted(tasks):
+    terms = dense.dense_terms(_transition(tasks, shot=(1.0, 3.0)))
+    assert list(terms) == list(dense.TERMS)
+    weights = dense.DenseWeights(**{name: 0.0 for name in terms} | {"shot": 2.0, "alive": 0.5})
+    assert float(dense.dense_reward(terms, weights)) == pytest.approx(2.0 * 2.0 + 0.5)
+
+
+def test_shot_is_the_change_of_value(tasks):
+    assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
+
+
+def test_approach_is_speed_clipped_then_constant_after_a_shot(tasks):
+    def approach(before, after, value=0.0):
+        return float(dense.dense_terms(_transition(tasks, distance=(before, after), shot=(value, value)))["approach"])
+
+    assert approach(2.0, 1.99) == pytest.approx(0.5, abs=1e-4)  # 10 mm in 20 ms
+    assert approach(2.0, 1.9) == 1.0 and approach(1.9, 2.0) == -1.0
+    assert approach(2.0, 2.1, value=1.1) == 0.5
+    assert approach(np.nan, 2.0) == 0.0  # first action
+
+
+def test_posture_terms_by_hand(tasks):
+    t = _transition(tasks, action=np.full(12, 0.1), events={"fallen": jnp.array(True)})
+    terms = {k: float(v) for k, v in dense.dense_terms(t).items()}
+    assert terms["tilt"] == 0 and terms["trunk_angvel"] == 0 and terms["alive"] == 1 and terms["fallen"] == 1
+    assert terms["action_rate"] == pytest.approx(12 * 0.01)
+    torque = c.KP_NM_PER_RAD * 0.1 * c.ACTION_SCALE_RAD / c.TORQUE_LIMIT_NM
+    assert terms["torque"] == pytest.approx(np.sum(torque**2), rel=1e-5)
+
+
+def test_facing(tasks):
+    assert float(dense.dense_terms(_transition(tasks))["face_ball"]) == pytest.approx(1.0)
+    assert float(dense.dense_terms(_transition(tasks, yaw=np.pi / 2))["face_ball"]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_target_value_rewards_direction(tasks):
+    """On target: near the 6 points of a sure hit; across: little; away: negative; still: zero."""
+    state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0])
+
+    def value(velocity):
+        return float(dense.shot_value(_readings(ball_vel=(*velocity, 0.0)), state))
+
+    assert value((0, 0)) == 0
+    assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7), abs=0.05)
+    by_angle = [value((1.2 * np.cos(a), 1.2 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
+    assert by_angle == sorted(by_angle, reverse=True) and len(set(by_angle)) == 4
+    assert value((-1.2, 0)) == pytest.approx(-3 * 0.7 * 0.6, abs=0.05)
+
+
+def test_goalie_value_rewards_speed_and_the_free_side(tasks):
+    """At 3 s after the start the keeper is at y = sin(2 pi 0.3 3) = -0.59 m: the left side is free."""
+    state = _state(tasks, "goalie", action_count=100)  # 2 s; the ball needs 1 s
+
+    def value(velocity):
+        return float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=(*velocity, 0.0)), state))
+
+    toward = 10.97 - 8.77 - c.BALL_RADIUS_M
+    keeper_y = np.sin(2 * np.pi * 0.3 * 3.0)
+    assert value((-toward, 1.0)) - 1.5 * toward == pytest.approx(2.5, abs=0.15)  # past the keeper
+    assert value((-toward, keeper_y)) - 1.5 * toward == pytest.approx(-0.5, abs=0.1)  # into its hands
+    assert value((-toward, 3.0)) - 1.5 * toward == pytest.approx(-3.0, abs=0.1)  # wide
+    assert value((-2 * toward, 3.0)) > value((-toward, 3.0))
+
+
+def test_obstacle_value_prefers_a_defender_to_the_gap_for_a_rolling_ball(tasks):
+    state = _state(tasks, "obstacle")
+    toward = 10.97 - 8.77 - c.BALL_RADIUS_M
+
+    def value(y, vz=0.0):
+        return float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=(-toward, y, vz)), state)) - 1.5 * toward
+
+    defender_y, window = float(state.defender_pos_w[0, 1]), np.asarray(state.target_pos_w)
+    assert value(defender_y) == pytest.approx(-0.5, abs=0.2)
+    assert value(float(window[1])) < -2.0
+    rise = window[2] - c.BALL_RADIUS_M + 0.5 * 9.81  # vertical speed that reaches the window after 1 s
+    assert value(float(window[1]), rise) == pytest.approx(2.5, abs=0.05)

@@ -1,0 +1,125 @@
+"""The learner on problems with known answers, checkpoint round trips, and the script on both engines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import checkpoints
+import train_mjx_sac as train
+from envs import constants as c
+from errors import UserError
+from models import sac_networks as nets
+from models.numpy_policy import policy_from_arrays
+from preprocess.observation import OBS_SIZE
+
+
+def _config(tmp_path, **changes):
+    defaults = dict(out=tmp_path / "pretrain", num_envs=8, total_steps=400, batch_size=32, updates_per_iteration=2,
+                    buffer_size=1024, learning_starts=160, evaluation_lanes=3, evaluation_every=10**9, log_every=200)  # fmt: skip
+    return train.Config(**defaults | changes)
+
+
+def test_log_probability_matches_numerical_density():
+    """Samples of one state: the mean of -log p equals the entropy estimated from a histogram, per joint."""
+    params = nets.init_actor(jax.random.key(0), OBS_SIZE)
+    obs = jnp.zeros((50_000, OBS_SIZE))
+    action, log_prob = nets.sample_action(params, obs, jax.random.key(1))
+    entropy = 0.0
+    for joint in range(c.NUM_JOINTS):
+        density, edges = np.histogram(np.asarray(action[:, joint]), bins=100, range=(-1, 1), density=True)
+        p = density[density > 0]
+        entropy -= np.sum(p * np.log(p)) * (edges[1] - edges[0])
+    assert float(-log_prob.mean()) == pytest.approx(entropy, abs=0.1)
+
+
+def test_normalizer_gives_mean_and_variance():
+    rng = np.random.default_rng(0)
+    data = rng.normal(3.0, 2.0, (5000, OBS_SIZE)).astype(np.float32)
+    normalizer = nets.Normalizer.create(OBS_SIZE)
+    for chunk in np.split(data, 10):
+        normalizer = normalizer.update(jnp.asarray(chunk))
+    np.testing.assert_allclose(normalizer.mean, data.mean(0), atol=1e-3)
+    np.testing.assert_allclose(normalizer.std, data.std(0), rtol=1e-3)
+    constant = nets.Normalizer.create(OBS_SIZE).update(jnp.ones((100, OBS_SIZE)))
+    np.testing.assert_allclose(constant.std, nets.Normalizer.MIN_STD)
+
+
+def test_bandit_actor_finds_the_best_action(tmp_path):
+    """One-step episodes with reward -|a - 0.5|^2: the mean action goes to 0.5 and Q to zero."""
+    sac = train.Sac(_config(tmp_path, learning_rate=1e-3, mirror=False))
+    state = sac.init(jax.random.key(0))
+    update = jax.jit(sac.update_many)
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
+        reward = -((action - 0.5) ** 2).sum(-1)
+        obs = np.zeros((10, 128, OBS_SIZE), np.float32)
+        state, metrics = update(state, train.Batch(obs, action, reward, obs, np.ones_like(reward)))
+    mean = nets.mean_action(state.actor, state.normalizer(jnp.zeros(OBS_SIZE)))
+    np.testing.assert_allclose(mean, 0.5, atol=0.2)
+
+
+@pytest.mark.parametrize("terminated, expected", [(0.0, 1.0 / (1 - 0.5)), (1.0, 1.0)])
+def test_only_termination_stops_the_bootstrap(tmp_path, terminated, expected):
+    """Reward 1 for ever at discount 0.5: Q is 2; if every step terminates, Q is 1."""
+    sac = train.Sac(_config(tmp_path, discount=0.5, target_tau=0.1, learning_rate=1e-3, mirror=False))
+    state = sac.init(jax.random.key(0))
+    update = jax.jit(sac.update_many)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        shape = (10, 32)
+        action = rng.uniform(-1, 1, (*shape, c.NUM_JOINTS)).astype(np.float32)
+        obs = np.zeros((*shape, OBS_SIZE), np.float32)
+        ones = np.ones(shape, np.float32)
+        state, metrics = update(state, train.Batch(obs, action, ones, obs, ones * terminated))
+    assert float(metrics["q"]) == pytest.approx(expected, abs=0.1)
+
+
+def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):
+    config = _config(tmp_path, engine="native", dr_level=3)
+    path = train.main(config)
+    checkpoint = checkpoints.load(path, ("pretrained",))
+    assert checkpoint.golden_obs.shape == (16, OBS_SIZE)
+    actions = policy_from_arrays(checkpoint.arrays)(checkpoint.golden_obs)
+    np.testing.assert_allclose(actions, checkpoint.golden_actions, atol=1e-5)
+    latest = checkpoints.load_latest(tmp_path / "pretrain.resume")
+    assert latest.manifest["steps"] == 400
+    resumed = train.main(_config(tmp_path, engine="native", dr_level=3, total_steps=600, resume=True))
+    assert resumed == path
+    assert checkpoints.load_latest(tmp_path / "pretrain.resume").manifest["steps"] == 600
+
+
+def test_same_seed_same_result(tmp_path):
+    arrays = []
+    for name in ("a", "b"):
+        path = train.main(_config(tmp_path, out=tmp_path / name, engine="native"))
+        arrays.append(checkpoints.load(path, verify=False).arrays)
+    for key, value in arrays[0].items():
+        np.testing.assert_array_equal(value, arrays[1][key], err_msg=key)
+
+
+def test_mjx_run_on_cpu(tmp_path):
+    """The GPU path (one jitted loop) for a few steps."""
+    config = _config(tmp_path, engine="mjx", total_steps=320, learning_starts=160, dr_level=1)
+    checkpoint = checkpoints.load(train.main(config), ("pretrained",))
+    assert all(np.isfinite(value).all() for value in checkpoint.arrays.values())
+
+
+@pytest.mark.parametrize("bad, words", [({"preset": "huge"}, "huge"), ({"dr_level": 7}, "dr-level 7"), ({"num_envs": 0}, "num-envs")])
+def test_bad_flags_are_refused(tmp_path, bad, words):
+    with pytest.raises(UserError, match=words):
+        train.main(_config(tmp_path, **bad))
+
+
+def test_foreign_output_directory_is_refused(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError):
+        train.main(_config(tmp_path))
+    assert (tmp_path / "pretrain" / "thesis.txt").read_text() == "mine"
+
+
+def test_presets_fill_only_what_was_not_given(tmp_path):
+    config = train.resolve(train.Config(out=tmp_path, preset="l4", num_envs=64))
+    assert config.num_envs == 64 and config.batch_size == train.PRESETS["l4"]["batch_size"]
