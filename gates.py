@@ -1,4 +1,4 @@
-"""The verification gates between pre-training and fine-tuning: measured numbers, each held against its limits.
+"""The verification gates between pre-training and fine-tuning: measured numbers, each with its limits.
 
     python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0]
 
@@ -111,9 +111,10 @@ def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
 def record(
     task: str, act: Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
 ) -> tuple[np.ndarray, Info]:
-    """Official observations (states, raw) and info (states, ...) that a policy meets, one per action, held control.
+    """Official observations (states, raw) and info (states, ...) that a policy meets, one at each action.
 
-    As many episodes as it takes; with `turned` each starts from a random orientation.
+    As many episodes as it takes, each joint target held for ten physics steps; with `turned` every episode
+    starts from a random orientation.
     """
     env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
     met, episode = [], 0
@@ -124,13 +125,14 @@ def record(
         episode, step, ended = episode + 1, 0, False
         while not ended and len(met) < states:
             if step % c.PHYSICS_STEPS_PER_ACTION == 0:
-                met.append((obs, {key: value for key, value in info.items() if isinstance(value, np.ndarray)}))
+                arrays = {key: value for key, value in info.items() if isinstance(value, np.ndarray)}
+                met.append((obs, arrays))
                 action = act(in_numpy(obs, info).astype(np.float32))
             torque_nm = pd.platform_torque_nm(action, obs[SLICES["joint_pos"]], obs[SLICES["joint_vel"]])
             obs, _, terminated, truncated, info = env.step(torque_nm)
             step, ended = step + 1, terminated or truncated
     env.close()
-    observations, infos = zip(*met)
+    observations, infos = zip(*met, strict=True)
     return np.stack(observations), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
 
 
@@ -152,8 +154,9 @@ def in_jax(obs: np.ndarray, info: Info, x64: bool = False) -> np.ndarray:
     import jax
 
     dtype = np.float64 if x64 else np.float32
+    info = {key: value.astype(dtype) for key, value in info.items()}
     with jax.enable_x64(x64):
-        return np.asarray(_compiled()(obs.astype(dtype), {key: value.astype(dtype) for key, value in info.items()}))
+        return np.asarray(_compiled()(obs.astype(dtype), info))
 
 
 @functools.cache
@@ -181,7 +184,7 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
 
 
 def rotation_error(task: str, seed: int) -> float:
-    """Largest error of gravity (body frame) and ball (heading frame, m), by MuJoCo's rotation matrix, robots turned."""
+    """Largest error of gravity and ball (heading frame, m) of turned robots, by MuJoCo's rotation matrix."""
     env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
     official.reset(env, official.match_seed(seed, 0))
     data, imu_site = env.unwrapped.sim.data._data, env.unwrapped._root_site
@@ -224,13 +227,16 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
     worst, task = max((rotation_error(task, seed), task) for task in c.TASKS)
     remedy = "look at the quaternion's order in preprocess/observation.py (MuJoCo: wxyz, official info: xyzw)"
     where = f"{task}, robots turned"
-    return [*checks, Check(1, "rotation, by MuJoCo's own matrix", worst, 0.0, ROTATION_LIMIT, where, remedy)]
+    checks.append(Check(1, "rotation, by MuJoCo's own matrix", worst, 0.0, ROTATION_LIMIT, where, remedy))
+    return checks
 
 
 # --- gate 2: the policy ---------------------------------------------------------------------------------
 
 
-def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray) -> tuple[list[Check], dict]:
+def actor_checks(
+    pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray
+) -> tuple[list[Check], dict]:
     """JAX against PyTorch on real (N, 87) and golden observations, and log_std on the real ones."""
     from convert_jax2torch import compare
 
@@ -275,8 +281,10 @@ class Recorded(NamedTuple):
         return self.policy(obs)
 
 
-def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
-    """Play both from the same starts: the converted one's actions along its way, and its score."""
+def trajectory_checks(
+    pretrained: Checkpoint, converted: Checkpoint, config: Config
+) -> tuple[list[Check], dict]:
+    """Play both policies from the same starts: the converted one's actions along its way, and its score."""
     before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
     starts = (config.episodes, config.seed, config.start_noise)
     with tempfile.TemporaryDirectory() as directory:
@@ -330,13 +338,14 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
     converted = checkpoints.load(config.converted, ("converted",))
     if converted.manifest["parent"] != {"stage": pretrained.stage, "hash": pretrained.hash}:
         raise UserError(
-            f"checkpoint {config.converted} was not converted from {config.pretrained}: give the one it came from"
+            f"checkpoint {config.converted} was not converted from {config.pretrained}: "
+            "give the one it came from"
         )
     return pretrained, converted
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure, print, write the JSON file if one is named; returns its content, with `passed` as the verdict."""
+    """Measure, print, write the JSON file if one is named; returns its content, `passed` is the verdict."""
     pretrained, converted = load(config)
     policy = policy_from_arrays(converted.arrays)
     visited, states = {}, {}
@@ -383,9 +392,9 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
         table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", limits, verdict)
     console, log_std = Console(), report["log_std"]
     console.print(table)
+    spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
     console.print(
-        f"log_std before clipping: min {log_std['min']:+.2f}, mean {log_std['mean']:+.2f}, max {log_std['max']:+.2f}, "
-        f"{log_std['share_outside']:.2%} outside {LOG_STD_RANGE}"
+        f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}"
     )
     for check in checks:
         if not check.passed:
@@ -397,7 +406,7 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import gates  # by its name: workers must find `Recorded`, and this script's own name means nothing to them
+    import gates  # by its name: the workers look up `Recorded` there, `__main__` is not theirs
 
     report = errors.run(gates.main, tyro.cli(gates.Config, description=__doc__))
     sys.exit(0 if report["passed"] else 1)

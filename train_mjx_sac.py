@@ -4,7 +4,7 @@
     python train_mjx_sac.py --preset l4 --out runs/l4/pretrain --resume
 
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, holding the policy
-with the best evaluation score, and next to it `<out>.resume` with the latest training state.
+with the best evaluation score, next to it `<out>.resume` with the latest training state and `<out>.metrics.jsonl` with every log line's numbers.
 
 Soft actor-critic after Haarnoja et al. 2018 (arXiv 1812.05905), with layer norm in the critics and
 the mean of both as target and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and mirrored transitions as
@@ -12,6 +12,7 @@ augmentation. One step is one policy action (50 Hz) in one lane.
 """
 
 import functools
+import json
 import os
 import sys
 import time
@@ -89,7 +90,7 @@ class Config:
 
 # preset -> what it changes. Times and scores of each: docs/results.md.
 PRESETS: dict[str, dict] = {
-    "demo": {"num_envs": 256, "total_steps": 1_200_000, "evaluation_every": 400_000},
+    "demo": {"num_envs": 256, "total_steps": 700_000, "evaluation_every": 100_000},
     "cpu": {"num_envs": 256, "total_steps": 20_000_000},
     "l4": {"num_envs": 2048, "total_steps": 100_000_000, "batch_size": 8192, "updates_per_iteration": 4,
            "buffer_size": 4_000_000, "learning_starts": 200_000, "evaluation_every": 5_000_000},
@@ -441,7 +442,7 @@ class MjxLoop:
             data = engine.reset(qpos, qvel)
             return data, task_state, jax.vmap(tasks.observe)(engine.view(data, untouched), task_state)
 
-        def iterate(carry, learn: bool):
+        def iterate(carry, learn):
             state, loop = carry
             key, act_key, noise_key, reset_key, sample_key = jax.random.split(loop.key, 5)
             action = sac.act(state, loop.obs, act_key)
@@ -453,11 +454,12 @@ class MjxLoop:
             filled = jnp.minimum(loop.filled + n, capacity)
             sums = iteration_sums(outcome, task_state)
             state = state._replace(normalizer=state.normalizer.update(next_obs))
-            metrics = {}
-            if learn:
-                shape = (config.updates_per_iteration, config.batch_size)
-                index = jax.random.randint(sample_key, shape, 0, filled)
-                state, metrics = sac.update_many(state, jax.tree.map(lambda b: b[index], buffer))
+            index = jax.random.randint(sample_key, (config.updates_per_iteration, config.batch_size), 0, filled)
+            batches = jax.tree.map(lambda b: b[index], buffer)
+            # One compiled program for both phases: the physics is most of what there is to compile.
+            _, shapes = jax.eval_shape(sac.update_many, state, batches)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            state, metrics = jax.lax.cond(learn, sac.update_many, lambda s, _: (s, nothing), state, batches)
             done = outcome.terminated | outcome.truncated
             fresh_data, fresh_task, fresh_obs = start(reset_key)
             data = select_lanes(done, fresh_data, data)
@@ -466,8 +468,8 @@ class MjxLoop:
             loop = MjxCarry(data, task_state, obs, buffer, (loop.cursor + n) % capacity, filled, key)
             return (state, loop), (sums, metrics)
 
-        @functools.partial(jax.jit, static_argnames="learn", donate_argnums=(0, 1))
-        def run(state, loop, learn: bool):
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def run(state, loop, learn):
             (state, loop), (sums, metrics) = jax.lax.scan(
                 lambda carry, _: iterate(carry, learn), (state, loop), length=self.ITERATIONS_PER_CALL
             )
@@ -487,7 +489,7 @@ class MjxLoop:
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
-        state, self.loop, sums, metrics = self._run(state, self.loop, learn=learn)
+        state, self.loop, sums, metrics = self._run(state, self.loop, jnp.array(learn))
         statistics.add(sums)
         return state, metrics
 
@@ -598,6 +600,14 @@ def write_checkpoint(path: Path, config: Config, state: SacState, steps: int, me
                      config_dict(config), config.seed, steps, None, metrics, extra or {}, overwrite=True)  # fmt: skip
 
 
+def record(out: Path, numbers: dict[str, float]) -> None:
+    """Append one line of numbers to `<out>.metrics.jsonl`."""
+    path = out.with_name(out.name + ".metrics.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({name: round(float(value), 6) for name, value in numbers.items()}) + "\n")
+
+
 def find_resume(config: Config, path: Path) -> checkpoints.Checkpoint | None:
     """The saved state to go on from, or None for a new run; a new run never goes over an old one."""
     exists = any(p.exists() for p in (path, path.with_name(f"{path.name}.previous")))
@@ -661,6 +671,7 @@ def main(config: Config) -> Path:
                     f"training diverged at step {steps:,} (critic loss is not finite); the last good checkpoint is kept in {config.out}"
                 )
             rate = (steps - first_step) / elapsed
+            record(config.out, {"step": steps, "wall_s": elapsed, "steps_per_s": rate} | line)
             tqdm.write(
                 f"{elapsed:6.0f}s {steps / 1e6:6.2f}M {rate:6.0f}/s len {line['episode/length']:5.1f} fall {line['episode/fall_rate']:.2f}"
                 f" score {' '.join('%+.2f' % line['episode/score_' + t] for t in c.TASKS)}"
@@ -672,6 +683,7 @@ def main(config: Config) -> Path:
         if steps - last_eval >= config.evaluation_every or finished:
             last_eval = steps
             result = evaluator(state)
+            record(config.out, {"step": steps, "wall_s": time.monotonic() - started} | result)
             tqdm.write(
                 f"  eval at {steps:,}: score {result['eval/score']:+.3f} | "
                 + " | ".join(

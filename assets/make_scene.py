@@ -147,7 +147,6 @@ def _add_sensors(root: ET.Element) -> None:
 
     for side in ("left", "right"):
         site("framepos", f"{side}_foot_pos_w", f"{side}_foot")
-        site("framequat", f"{side}_foot_quat_wxyz", f"{side}_foot")
         site("framelinvel", f"{side}_foot_vel_w", f"{side}_foot")
         contacts(f"{side}_foot_ground_contacts", f"{side}_foot_link", GROUND_PLANES[0])
     for geom in ROBOT_COLLIDERS:

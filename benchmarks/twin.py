@@ -9,6 +9,7 @@ something only where the load printed below the table is that of this program. O
 and each rate is the best of the repeats.
 """
 
+import functools
 import os
 import sys
 import time
@@ -40,9 +41,12 @@ class Config:
     repeats: int = 3  # best of
 
 
-def _hold(obs: np.ndarray) -> np.ndarray:
+_ACTION = np.zeros(c.NUM_JOINTS, dtype=np.float32)  # hold the default pose
+
+
+def _torque_nm(obs: np.ndarray) -> np.ndarray:
     joints = obs[..., : c.NUM_JOINTS], obs[..., c.NUM_JOINTS : 2 * c.NUM_JOINTS]
-    return pd.torque_nm(c.DEFAULT_POSE_RAD, *joints, np)
+    return pd.platform_torque_nm(_ACTION, *joints)
 
 
 def play_official(env: official.TaskIndex) -> Callable[[], int]:
@@ -52,7 +56,7 @@ def play_official(env: official.TaskIndex) -> Callable[[], int]:
     def play() -> int:
         nonlocal obs
         for _ in range(_STEPS):
-            obs, *_ = env.step(_hold(obs))
+            obs, *_ = env.step(_torque_nm(obs))
         return _STEPS
 
     return play
@@ -66,22 +70,22 @@ def play_torque(env: TwinEnv) -> Callable[[], int]:
     def play() -> int:
         nonlocal obs
         for _ in range(steps):
-            obs = env.step_torque(_hold(obs)).obs
+            obs = env.step_torque(_torque_nm(obs)).obs
         return steps * env.num_lanes
 
     return play
 
 
-def play_target(env: TwinEnv) -> Callable[[], int]:
+def play_action(env: TwinEnv) -> Callable[[], int]:
     """The 50 Hz path, a quarter of the steps."""
     env.reset(range(env.num_lanes))
-    target = np.tile(c.DEFAULT_POSE_RAD, (env.num_lanes, 1))
-    actions = _STEPS // 4 // c.PHYSICS_STEPS_PER_ACTION
+    action = np.tile(_ACTION, (env.num_lanes, 1))
+    num_actions = _STEPS // 4 // c.PHYSICS_STEPS_PER_ACTION
 
     def play() -> int:
-        for _ in range(actions):
-            env.step_target(target)
-        return actions * c.PHYSICS_STEPS_PER_ACTION * env.num_lanes
+        for _ in range(num_actions):
+            env.step_action(action)
+        return num_actions * c.PHYSICS_STEPS_PER_ACTION * env.num_lanes
 
     return play
 
@@ -97,18 +101,20 @@ def main(config: Config) -> None:
     """Measure and print the table."""
     if min(config.lanes, config.threads, config.repeats) < 1:
         raise errors.UserError("lanes, threads and repeats must be at least 1")
-    print(f"| task | official steps/s | twin steps/s, 500 Hz | ratio | twin actions/s, 50 Hz "
-          f"| {config.threads} threads / 1: 500 Hz | 50 Hz |")
+    print(
+        f"| task | official steps/s | twin steps/s, 500 Hz | ratio | twin actions/s, 50 Hz "
+        f"| {config.threads} threads / 1: 500 Hz | 50 Hz |"
+    )
     print("|---|---|---|---|---|---|---|")
     for task in c.TASKS:
         env = official.make(task)
         one, several = TwinEnv(task, config.lanes, 1), TwinEnv(task, config.lanes, config.threads)
         runs = {
-            "official": lambda: play_official(env),
-            "torque": lambda: play_torque(one),
-            "torque, threads": lambda: play_torque(several),
-            "target": lambda: play_target(one),
-            "target, threads": lambda: play_target(several),
+            "official": functools.partial(play_official, env),
+            "torque": functools.partial(play_torque, one),
+            "torque, threads": functools.partial(play_torque, several),
+            "action": functools.partial(play_action, one),
+            "action, threads": functools.partial(play_action, several),
         }
         best = {name: np.zeros(2) for name in runs}
         for _ in range(config.repeats):
@@ -118,10 +124,11 @@ def main(config: Config) -> None:
         clock = {name: rates[1] for name, rates in best.items()}
         several.close()
         print(
-            f"| {task} | {cpu['official']:,.0f} | {cpu['torque']:,.0f} | {cpu['torque'] / cpu['official']:.1f} "
-            f"| {cpu['target'] / c.PHYSICS_STEPS_PER_ACTION:,.0f} "
+            f"| {task} | {cpu['official']:,.0f} | {cpu['torque']:,.0f} "
+            f"| {cpu['torque'] / cpu['official']:.1f} "
+            f"| {cpu['action'] / c.PHYSICS_STEPS_PER_ACTION:,.0f} "
             f"| {clock['torque, threads'] / clock['torque']:.2f} "
-            f"| {clock['target, threads'] / clock['target']:.2f} |",
+            f"| {clock['action, threads'] / clock['action']:.2f} |",
             flush=True,
         )
     print(f"\n{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, {config.lanes} lanes")

@@ -5,19 +5,20 @@
 
 Input: the installed `sai-mujoco`. Output: a table, one row for each task and action source, and exit status 1
 if anything differs. Compared at the start and after every step: observation, every key of `info`, every raw
-reward term, reward, terminated, truncated; at the end the weighted score terms. For the PD sources the 50 Hz
+reward term, reward, terminated, truncated; at the end the weighted score terms. For the policies the 50 Hz
 path is compared too, after every action.
 
 Action sources:
 
 * `zero`: no torque;
 * `random`: uniform torque up to 1.2 times the limits, new at every physics step;
-* `policy`: a balancing policy with random joint targets on top, held for ten steps; or with `--checkpoint` the
-  policy of a checkpoint;
-* `launched`: the balancing policy alone, and the ball thrown at the goal, the target or the robot, again every
-  300 steps, so that goals, blocks, offsides, hits and several touches occur.
+* `policy`: a balancing policy with noise on top, each action held for ten steps with the platform's PD
+  torque; or with `--checkpoint` the policy of a checkpoint;
+* `launched`: the balancing policy alone, and the ball thrown at the goal, the target or the robot, again
+  every 300 steps, so that goals, blocks, offsides and several touches occur.
 """
 
+import functools
 import itertools
 import sys
 from collections import Counter, defaultdict
@@ -37,7 +38,8 @@ import errors  # noqa: E402
 from envs import constants as c  # noqa: E402
 from envs import official, pd, scene  # noqa: E402
 from envs.twin import Step, TwinEnv  # noqa: E402
-from preprocess.observation import observe, projected_gravity  # noqa: E402
+from preprocess.observation import projected_gravity  # noqa: E402
+from preprocess.submission import Preprocessor  # noqa: E402
 from rewards.official import score_terms  # noqa: E402
 
 SOURCES = ("zero", "random", "policy", "launched")
@@ -45,10 +47,16 @@ RELATIVE_TOLERANCE = 1e-9  # for observation and info; reward terms, ends and sc
 START_NOISE_RAD = 0.02  # of every second seed
 
 # A stance and an ankle feedback that stand for seconds (found by random search with the twin).
-_STANCE = {"Hip_Pitch": -0.15, "Hip_Roll": 0.085, "Knee_Pitch": 0.18, "Ankle_Pitch": -0.13, "Ankle_Roll": -0.085}
+_STANCE = {
+    "Hip_Pitch": -0.15,
+    "Hip_Roll": 0.085,
+    "Knee_Pitch": 0.18,
+    "Ankle_Pitch": -0.13,
+    "Ankle_Roll": -0.085,
+}
 _ANKLE_PER_LEAN_RAD = 1.73
 _ANKLE_PER_LEAN_RATE_S = 0.05
-_TARGET_NOISE_RAD = 0.03  # of the source `policy`
+_ACTION_NOISE = 0.02  # of the source `policy`
 _STEPS_BETWEEN_THROWS = 300  # a multiple of ten, so that the 50 Hz path can follow
 
 
@@ -76,7 +84,7 @@ class Recording(NamedTuple):
     terminated: np.ndarray  # (T,)
     truncated: np.ndarray  # (T,)
     torque_nm: np.ndarray  # (T, 12)
-    target_rad: np.ndarray  # (ceil(T / 10), 12); empty where the source gives torque
+    action: np.ndarray  # (ceil(T / 10), 12) float32; empty where the source gives torque
     score: dict[str, float]  # weighted terms if the episode ended, else empty
 
 
@@ -118,11 +126,11 @@ class Report:
 
 # --- action sources -------------------------------------------------------------------------------------
 
-TargetOf = Callable[[np.ndarray, dict], np.ndarray]  # obs, info -> joint target (12,) rad
+Policy = Callable[[np.ndarray, dict], np.ndarray]  # official obs and info -> action (12,) float32
 
 
 def balance(obs: np.ndarray, info: dict) -> np.ndarray:
-    """Joint target (12,) in rad of a stance with ankle feedback on the trunk's lean."""
+    """Action (12,) float32 of a stance with ankle feedback on the trunk's lean."""
     lean = projected_gravity(info["robot_quat"][[3, 0, 1, 2]], np)[0]
     ankle = _ANKLE_PER_LEAN_RAD * lean - _ANKLE_PER_LEAN_RATE_S * info["robot_gyro"][1]
     target = np.zeros(c.NUM_JOINTS)
@@ -130,28 +138,24 @@ def balance(obs: np.ndarray, info: dict) -> np.ndarray:
         side, joint = name.split("_", 1)
         mirrored = -1.0 if side == "Right" and joint.endswith("Roll") else 1.0
         target[i] = mirrored * _STANCE.get(joint, 0.0) + (ankle if joint == "Ankle_Pitch" else 0.0)
-    return target
+    return ((target - c.DEFAULT_POSE_RAD) / c.ACTION_SCALE_RAD).astype(np.float32)
 
 
-def _target_source(source: str, rng: np.random.Generator, checkpoint: Path | None) -> TargetOf:
+def _policy(source: str, rng: np.random.Generator, checkpoint: Path | None) -> Policy:
     if source == "launched":
         return balance
     if checkpoint is None:
-        return lambda obs, info: balance(obs, info) + rng.normal(0.0, _TARGET_NOISE_RAD, c.NUM_JOINTS)
+        noise = functools.partial(rng.normal, 0.0, _ACTION_NOISE, c.NUM_JOINTS)
+        return lambda obs, info: (balance(obs, info) + noise()).astype(np.float32)
     import checkpoints
     from models.numpy_policy import policy_from_arrays
 
     policy = policy_from_arrays(checkpoints.load(checkpoint).arrays)
-
-    def target(obs: np.ndarray, info: dict) -> np.ndarray:
-        joints = obs[: c.NUM_JOINTS], obs[c.NUM_JOINTS : 2 * c.NUM_JOINTS]
-        return pd.joint_target_rad(policy(observe(*joints, info, np).astype(np.float32)))
-
-    return target
+    return lambda obs, info: policy(Preprocessor().modify_state(obs, info)[0])
 
 
 def _throw(task: str, info: dict, rng: np.random.Generator) -> np.ndarray:
-    """Ball velocity (3,): at the robot in four throws of ten, else at the goal or the target, not always well."""
+    """Ball velocity (3,): at the robot in four throws of ten, else at the goal or target, not always well."""
     if rng.uniform() < 0.4:
         way = -info["ball_xpos_rel_robot"] + rng.uniform(-0.15, 0.15, 3)
         flight_s = rng.uniform(0.2, 0.6)
@@ -179,8 +183,8 @@ def record(
     model, data = env.unwrapped.sim.model._model, env.unwrapped.sim.data._data
     ball_velocity = data.qvel[scene.official_addresses(model).ball_v][:3]
     throws: dict[int, np.ndarray] = {}
-    target_of = _target_source(source, rng, checkpoint)
-    all_obs, infos, terms, ends, torques, targets = [obs], [info], [], [], [], []
+    policy = _policy(source, rng, checkpoint)
+    all_obs, infos, terms, ends, torques, actions = [obs], [info], [], [], [], []
     terminated = truncated = False
     while not (terminated or truncated) and len(ends) < max_steps:
         if source == "launched" and len(ends) % _STEPS_BETWEEN_THROWS == 0:
@@ -191,15 +195,16 @@ def record(
             torque = rng.uniform(-1.2, 1.2, c.NUM_JOINTS) * c.TORQUE_LIMIT_NM
         else:
             if len(ends) % c.PHYSICS_STEPS_PER_ACTION == 0:
-                targets.append(target_of(obs, info))
-            torque = pd.torque_nm(targets[-1], obs[: c.NUM_JOINTS], obs[c.NUM_JOINTS : 2 * c.NUM_JOINTS], np)
+                actions.append(policy(obs, info))
+            joints = obs[: c.NUM_JOINTS], obs[c.NUM_JOINTS : 2 * c.NUM_JOINTS]
+            torque = pd.platform_torque_nm(actions[-1], *joints)
         obs, reward, terminated, truncated, info = env.step(torque)
         terms.append(info.pop("reward_terms"))
         all_obs.append(obs)
         infos.append(info)
         ends.append((reward, terminated, truncated))
         torques.append(torque)
-    reward, *flags = zip(*ends)
+    reward, *flags = zip(*ends, strict=True)
     over = terminated or truncated
     return Recording(
         seed=seed,
@@ -212,7 +217,7 @@ def record(
         terminated=np.array(flags[0]),
         truncated=np.array(flags[1]),
         torque_nm=np.stack(torques),
-        target_rad=np.array(targets),
+        action=np.array(actions),
         score=score_terms(task, env.unwrapped.compute_reward()) if over else {},
     )
 
@@ -279,14 +284,14 @@ def compare_torque(task: str, recordings: list[Recording], num_threads: int = 1)
     return report
 
 
-def compare_target(task: str, recordings: list[Recording], num_threads: int = 1) -> Report:
-    """The 50 Hz path against recorded episodes, fed with their joint targets."""
+def compare_action(task: str, recordings: list[Recording], num_threads: int = 1) -> Report:
+    """The 50 Hz path against recorded episodes, fed with their actions."""
     report = Report()
     twin = _start(task, recordings, num_threads, report)
-    for k in range(max(len(recording.target_rad) for recording in recordings)):
+    for k in range(max(len(recording.action) for recording in recordings)):
         before = k * c.PHYSICS_STEPS_PER_ACTION
         _throw_balls(twin, recordings, before)
-        step = twin.step_target(np.stack([r.target_rad[min(k, len(r.target_rad) - 1)] for r in recordings]))
+        step = twin.step_action(np.stack([r.action[min(k, len(r.action) - 1)] for r in recordings]))
         for lane, recording in enumerate(recordings):
             n = min(before + c.PHYSICS_STEPS_PER_ACTION, len(recording.reward))
             if n > before:
@@ -298,8 +303,8 @@ def compare_target(task: str, recordings: list[Recording], num_threads: int = 1)
 def compare(task: str, source: str, recordings: list[Recording]) -> Report:
     """Both paths, and what happened in the episodes."""
     report = compare_torque(task, recordings)
-    if len(recordings[0].target_rad):
-        report.add(compare_target(task, recordings))
+    if len(recordings[0].action):
+        report.add(compare_action(task, recordings))
     report.episodes = len(recordings)
     report.steps = sum(len(recording.reward) for recording in recordings)
     for recording in recordings:
@@ -337,8 +342,9 @@ def _run(job: _Job) -> tuple[_Job, Report]:
 
 
 def _table(reports: dict[tuple[str, str], Report]) -> Iterator[str]:
-    yield "| task | actions | episodes | physics steps | numbers compared | unequal | episodes that ended with |"
-    yield "|---|---|---|---|---|---|---|"
+    columns = ("task", "actions", "episodes", "physics steps", "numbers compared", "unequal", "what happened")
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
     for (task, source), report in reports.items():
         unequal = "none"
         if report.unequal:
@@ -361,7 +367,13 @@ def main(config: Config) -> bool:
             f"seeds ({config.seeds}) and workers ({config.workers}) at least 1"
         )
     jobs = [
-        _Job(task, source, range(first, min(first + config.batch, config.seeds)), config.steps, config.checkpoint)
+        _Job(
+            task,
+            source,
+            range(first, min(first + config.batch, config.seeds)),
+            config.steps,
+            config.checkpoint,
+        )
         for task, source in itertools.product(c.TASKS, SOURCES)
         for first in range(0, config.seeds, config.batch)
     ]
@@ -369,8 +381,10 @@ def main(config: Config) -> bool:
     with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as executor:
         for job, report in executor.map(_run, jobs):
             reports[job.task, job.source].add(report)
-            print(f"{job.task} {job.source} seeds {job.seeds[0]} to {job.seeds[-1]}: "
-                  f"{'equal' if not report.unequal else 'UNEQUAL'}", file=sys.stderr, flush=True)
+            verdict = "UNEQUAL" if report.unequal else "equal"
+            print(
+                f"{job.task} {job.source} seeds {job.seeds[0]} to {job.seeds[-1]}: {verdict}", file=sys.stderr
+            )
     equal = all(report.equal for report in reports.values())
     print("\n".join(_table(reports)))
     print(f"\n{'equal' if equal else 'NOT equal'}")

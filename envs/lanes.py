@@ -118,7 +118,7 @@ class TwinEngine:
 
     def hold(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ten physics steps with actions (B, 12), fewer where the episode ends: terminated, truncated (B,)."""
-        step = self._env.step_target(pd.joint_target_rad(actions))
+        step = self._env.step_action(actions)
         self._obs, self._info = step.obs, step.info
         return step.terminated, step.truncated
 

@@ -26,17 +26,36 @@ class MjxEngine:
             fields = {name: jnp.asarray(np.stack([getattr(d, name) for d in draws]), jnp.float32) for name in Physics._fields}
             self._model_axes = jax.tree.map(lambda _: None, self.model).tree_replace({name: 0 for name in fields})
             self.model = self.model.tree_replace(fields)
-        self._joint_q = addresses(native).joint_q
-        sensor = sensor_slices(native)
-        contacts = [s for name, s in sensor.items() if name.startswith("ball_") and name.endswith("_contacts")]
+        self._address = addresses(native)
+        self._sensor = sensor_slices(native)
+        self._foot_sites = [native.site(f"{side}_foot").id for side in ("left", "right")]
+        contacts = [s for name, s in self._sensor.items() if name.startswith("ball_") and name.endswith("_contacts")]
         self._ball_contact = np.concatenate([np.arange(s.start, s.stop) for s in contacts])
 
     def reset(self, qpos: jax.Array, qvel: jax.Array) -> mjx.Data:
-        """Data at qpos (B, nq), qvel (B, nv), with fresh sensors and no torque."""
+        """Data at qpos (B, nq), at rest: qvel (B, nv) must be zero.
+
+        Only kinematics, not a whole `mjx.forward`: that would double what there is to compile and cost as
+        much as a physics step in every lane. The velocity sensors are zero at rest; accelerometer and
+        contacts read zero, as they do in the official drop, which starts in free fall.
+        """
 
         def one(model, qpos, qvel):
-            data = self._template.replace(qpos=qpos, qvel=qvel, ctrl=qpos[self._joint_q])
-            return mjx.forward(model, data)
+            data = self._template.replace(qpos=qpos, qvel=qvel, ctrl=qpos[self._address.joint_q])
+            data = mjx.kinematics(model, data)
+            root, ball = qpos[self._address.root_q], qpos[self._address.ball_q]
+            fresh = {
+                "imu_pos_w": root[:3],
+                "imu_quat_wxyz": root[3:],
+                "ball_site_pos_w": ball[:3],
+                "ball_quat_wxyz": ball[3:],
+                "left_foot_pos_w": data.site_xpos[self._foot_sites[0]],
+                "right_foot_pos_w": data.site_xpos[self._foot_sites[1]],
+            }
+            sensordata = data.sensordata
+            for name, value in fresh.items():
+                sensordata = sensordata.at[self._sensor[name]].set(value)
+            return data.replace(sensordata=sensordata)
 
         return jax.vmap(one, in_axes=(self._model_axes, 0, 0))(self.model, qpos, qvel)
 

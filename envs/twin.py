@@ -2,8 +2,8 @@
 
     env = TwinEnv("goalie", num_lanes=64, num_threads=2)
     obs, info = env.reset(seeds=range(64))
-    step = env.step_target(joint_target_rad)        # 50 Hz: ten physics steps, PD torque at each
-    step = env.step_torque(torque_nm)               # 500 Hz: exactly one `env.step` of the platform
+    step = env.step_action(action)        # 50 Hz: ten physics steps, the platform's PD torque at each
+    step = env.step_torque(torque_nm)     # 500 Hz: exactly one `env.step` of the platform
 
 Nine tenths of an official step are Python around the physics. Here the official compiled model (taken from
 the installed package at run time, nothing of it is copied) is stepped by the same two MuJoCo calls, and
@@ -20,8 +20,8 @@ How it is done:
   Sensors have no part in the dynamics.
 * Positions, sensors and contacts are those of the state before the last integration, velocities those after
   it, as in the official environments (one physics step of lag).
-* The PD torque is computed from the float32 joint state in the official observation, because that is what a
-  policy on the platform sees.
+* The PD torque is computed from the float32 joint state of the official observation, because that is what the
+  submitted module sees.
 """
 
 import functools
@@ -43,7 +43,7 @@ from envs import constants as c
 from envs import official, pd, scene
 from envs.official import Episode, EpisodeResult, Policy
 from errors import UserError
-from preprocess.observation import observe
+from preprocess.submission import Preprocessor
 from rewards.official import score_terms
 
 _SEED_LIMIT = 2**64  # the platform's match seeds are 64-bit
@@ -129,7 +129,7 @@ def _source(task: str) -> _Source:
 
 
 class _Worker:
-    """One thread's model and data. Steps one lane after another; lanes share nothing but the scratch space."""
+    """One thread's model and data; its lanes pass through them one after another."""
 
     def __init__(self, model: mujoco.MjModel, task: str):
         self.model = model
@@ -137,7 +137,7 @@ class _Worker:
         self._views = _lane_views(model, task)
 
     def load(self, lane_values: Iterable[np.ndarray], state: np.ndarray) -> None:
-        for view, value in zip(self._views, lane_values):
+        for view, value in zip(self._views, lane_values, strict=True):
             view[...] = value
         mujoco.mj_setState(self.model, self.data, state, _STATE)
 
@@ -146,7 +146,9 @@ class _Worker:
         model, data, load = self.model, self.data, self.load
         data_ctrl, data_sensors = data.ctrl, data.sensordata
         step1, step2, get_state = mujoco.mj_step1, mujoco.mj_step2, mujoco.mj_getState
-        for values, row, row_ctrl, row_out, row_sensors in zip(lane_values, state, ctrl, state_out, sensors_out):
+        for values, row, row_ctrl, row_out, row_sensors in zip(
+            lane_values, state, ctrl, state_out, sensors_out, strict=True
+        ):
             load(values, row)
             step1(model, data)
             data_ctrl[:] = row_ctrl
@@ -266,13 +268,15 @@ class TwinEnv:
         chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
         seeds = list(seeds)
         if len(seeds) != len(chosen):
-            raise UserError(f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset")
+            raise UserError(
+                f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset"
+            )
         if not (np.isfinite(start_noise_rad) and start_noise_rad >= 0.0):
             raise UserError(f"start noise is {start_noise_rad}: give a standard deviation in rad, 0 or more")
-        seeds = [_checked_seed(seed, lane) for seed, lane in zip(seeds, chosen)]
+        seeds = [_checked_seed(seed, lane) for seed, lane in zip(seeds, chosen, strict=True)]
         if start_noise_rad > 0.0 and None in seeds:
             raise UserError("start noise is a function of the seed: give every lane to reset a seed")
-        for lane, seed in zip(chosen, seeds):
+        for lane, seed in zip(chosen, seeds, strict=True):
             self._reset_lane(lane, seed, start_noise_rad)
         self.steps[chosen] = self.touches[chosen] = 0
         self._touching[chosen] = self._terminated[chosen] = self._truncated[chosen] = False
@@ -323,34 +327,39 @@ class TwinEnv:
         """(B,) bool: lanes whose episode goes on."""
         return ~(self._terminated | self._truncated)
 
-    def step_torque(self, torque_nm: np.ndarray) -> Step:
+    def step_torque(self, torque_nm: np.ndarray, num_steps: int = 1) -> Step:
         """One physics step (500 Hz) with joint torques (B, 12) in N m: one `env.step` of the platform."""
-        lanes, torque_nm = self._checked_action(torque_nm, "torque")
-        torque_nm = np.clip(torque_nm, self._torque_low, self._torque_high)
-        return self._step(lanes, lambda _, part: torque_nm[part], num_steps=1)
+        return self._hold(torque_nm, "torque", lambda torque, *_: torque, num_steps)
+
+    def step_action(self, action: np.ndarray, num_steps: int = c.PHYSICS_STEPS_PER_ACTION) -> Step:
+        """Hold a policy's actions (B, 12) in [-1, 1] for `num_steps` physics steps (50 Hz).
+
+        The torque at each is what the submitted module and the SDK compute. A lane stops at the physics step
+        at which its episode ends.
+        """
+        return self._hold(action, "action", pd.platform_torque_nm, num_steps)
 
     def step_target(self, joint_target_rad: np.ndarray, num_steps: int = c.PHYSICS_STEPS_PER_ACTION) -> Step:
-        """Hold joint targets (B, 12) in rad for `num_steps` physics steps, PD torque at each (50 Hz).
+        """Like `step_action`, for joint targets (B, 12) in rad and the PD law in float64."""
+        law = functools.partial(pd.torque_nm, xp=np)
+        return self._hold(joint_target_rad, "joint target", law, num_steps)
 
-        A lane stops at the physics step at which its episode ends.
-        """
+    def _hold(self, held: np.ndarray, what: str, law: Callable, num_steps: int) -> Step:
         if num_steps < 1:
-            raise UserError(f"a target cannot be held for {num_steps} physics steps: give 1 or more")
-        lanes, target = self._checked_action(joint_target_rad, "joint target")
+            raise UserError(f"nothing can be held for {num_steps} physics steps: give 1 or more")
+        lanes, held = self._checked_action(held, what)
 
         def torque_nm(state: np.ndarray, part: slice) -> np.ndarray:
-            joint_pos, joint_vel = (
-                state[:, where].astype(np.float32) for where in (self._joint_q, self._joint_v)
-            )
-            return pd.torque_nm(target[part], joint_pos, joint_vel, np)
+            joints = (state[:, where].astype(np.float32) for where in (self._joint_q, self._joint_v))
+            return np.clip(law(held[part], *joints), self._torque_low, self._torque_high)
 
         return self._step(lanes, torque_nm, num_steps)
 
     def _checked_action(self, action: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
-        """The lanes that go on and their actions (L, 12) in float64; an ended lane's action is ignored."""
+        """The lanes that go on and their actions (L, 12), in the type given; an ended lane's is ignored."""
         if not self._was_reset:
             raise UserError("the twin was not reset: call reset(seeds) before the first step")
-        action = np.asarray(action, dtype=np.float64)
+        action = np.asarray(action)
         if action.shape != (self.num_lanes, c.NUM_JOINTS):
             raise UserError(
                 f"{what} has shape {action.shape}, expected ({self.num_lanes}, {c.NUM_JOINTS}): "
@@ -366,7 +375,7 @@ class TwinEnv:
     def _step(self, lanes: np.ndarray, torque_of: Callable, num_steps: int) -> Step:
         """Play `num_steps` physics steps in `lanes`; then find where each episode ended and take that step.
 
-        Lanes are stepped beyond their end and taken back: at most nine steps wasted in an episode, and no
+        Lanes are stepped beyond their end and taken back: a few wasted steps an episode, and no
         rule to check between two physics steps.
         """
         reward = np.zeros(self.num_lanes)
@@ -419,7 +428,9 @@ class TwinEnv:
                 state = states[s, part].copy()
 
         num_parts = min(len(self._workers), len(lanes))
-        parts = [slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)]
+        parts = [
+            slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)
+        ]
         if num_parts == 1:
             play(self._workers[0], parts[0])
         else:
@@ -432,9 +443,7 @@ class TwinEnv:
             return
         angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state[:, self._time]
         state[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
-        state[:, self._keeper_v] = (
-            2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
-        )
+        state[:, self._keeper_v] = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
 
     # --- rules --------------------------------------------------------------------------------------
 
@@ -460,7 +469,8 @@ class TwinEnv:
             }
             return terms, not_a_number | out | success | fallen
         blocked = np.any(
-            [self._read(sensors, f"twin:blocked_{geom}")[..., 0] > 0.0 for geom in _BLOCKERS[self.task]], axis=0
+            [self._read(sensors, f"twin:blocked_{geom}")[..., 0] > 0.0 for geom in _BLOCKERS[self.task]],
+            axis=0,
         )
         # float32 in the official code, until the first touch
         nearness = np.where(touches > 0, np.float32(1.5), 1 - np.tanh(distance, dtype=np.float32))
@@ -493,7 +503,7 @@ class TwinEnv:
         )
 
     def _total_reward(self, terms: dict[str, np.ndarray]) -> np.ndarray:
-        """The official step reward: weighted terms summed in float32 (a term without a weight adds nothing)."""
+        """The official step reward: weighted terms summed in float32; a term may have no weight."""
         weighted = [
             (self._reward_weights[name] * values).astype(np.float64)
             for name, values in terms.items()
@@ -574,7 +584,7 @@ class TwinEnv:
     # --- what an episode came to --------------------------------------------------------------------
 
     def score_terms(self) -> dict[str, np.ndarray]:
-        """The platform's weighted score terms, each (B,), of the lanes that have ended; NaN for the others."""
+        """The platform's weighted score terms, each (B,), of the lanes that have ended; NaN elsewhere."""
         ended = np.flatnonzero(~self.alive & (self.steps > 0))
         by_lane = {
             lane: score_terms(self.task, {name: values[lane] for name, values in self._reward_terms.items()})
@@ -623,9 +633,9 @@ class TwinEnv:
         for i, axis in enumerate("XYZ"):
             dof, turn = self._ball_v.start + i, read(f"twin:{_BALL}_{axis}")
             jacobian[:, i, dof] = 1.0
-            jacobian[:, :, dof + 3] = np.cross(turn, read("twin:ball_com") - read("twin:ball_pos")) + np.cross(
-                turn, read("twin:ball_centre") - read("twin:ball_com")
-            )
+            jacobian[:, :, dof + 3] = np.cross(
+                turn, read("twin:ball_com") - read("twin:ball_pos")
+            ) + np.cross(turn, read("twin:ball_centre") - read("twin:ball_com"))
         return _times_qvel(jacobian, self.qvel)
 
 
@@ -664,7 +674,6 @@ def run_task(
     """
     env = TwinEnv(task, len(seeds), num_threads)
     obs, info = env.reset(seeds, start_noise_rad)
-    actions = np.zeros((len(seeds), c.NUM_JOINTS))
     last_imu, walked = env.imu_pos_w.copy(), np.zeros(len(seeds))
     ball_distance_min = np.full(len(seeds), np.inf)
 
@@ -677,14 +686,9 @@ def run_task(
     measure()
     while env.alive.any():
         if policy is None:
-            for _ in range(c.PHYSICS_STEPS_PER_ACTION):
-                step = env.step_torque(actions)
+            step = env.step_torque(np.zeros((len(seeds), c.NUM_JOINTS)), c.PHYSICS_STEPS_PER_ACTION)
         else:
-            joints = obs[:, : c.NUM_JOINTS], obs[:, c.NUM_JOINTS : 2 * c.NUM_JOINTS]
-            policy_obs = observe(*joints, info, np).astype(np.float32)
-            for lane in np.flatnonzero(env.alive):
-                actions[lane] = _checked_policy_action(policy(policy_obs[lane]), task, seeds[lane])
-            step = env.step_target(pd.joint_target_rad(actions))
+            step = env.step_action(_actions(policy, Preprocessor().modify_state(obs, info), env, seeds))
         obs, info = step.obs, step.info
         measure()
     env.close()
@@ -718,18 +722,14 @@ def _horizontal_distance_m(a_w: np.ndarray, b_w: np.ndarray) -> np.ndarray:
     return np.hypot(a_w[:, 0] - b_w[:, 0], a_w[:, 1] - b_w[:, 1])
 
 
-def _checked_policy_action(action: np.ndarray, task: str, seed: int) -> np.ndarray:
-    where = f"in task '{task}', seed {seed}"
-    if np.shape(action) != (c.NUM_JOINTS,):
-        raise UserError(
-            f"the policy returned shape {np.shape(action)} instead of ({c.NUM_JOINTS},) {where}: "
-            "it is not a policy of this robot"
-        )
-    if not np.all(np.isfinite(action)):
-        raise UserError(
-            f"the policy returned NaN or infinity {where}: its training diverged, use an earlier checkpoint"
-        )
-    return action
+def _actions(policy: Policy, policy_obs: np.ndarray, env: TwinEnv, seeds: Sequence[int]) -> np.ndarray:
+    """The policy's actions (B, 12), zero where the episode has ended, in the type that it returns."""
+    rows = {lane: np.asarray(policy(policy_obs[lane])) for lane in np.flatnonzero(env.alive)}
+    for lane, row in rows.items():
+        official._check_action(row, env.task, seeds[lane], int(env.steps[lane]))
+    actions = np.zeros((env.num_lanes, c.NUM_JOINTS), dtype=np.result_type(*rows.values()))
+    actions[list(rows)] = list(rows.values())
+    return actions
 
 
 def run_episodes(

@@ -16,7 +16,6 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from envs import constants as c
-from envs import pd
 from envs.twin import TwinEnv
 from errors import UserError
 
@@ -27,8 +26,8 @@ class TwinVectorEnv(VectorEnv):
     """Official observations and infos; reward is the official step reward, summed over an action's steps.
 
     `control`: "torque" takes joint torques in N m, one physics step an action; "pd" takes actions in
-    [-1, 1], whose joint targets are held for ten physics steps (`envs/pd.py`). Lanes that end are reset on
-    the next step, their action of that step ignored.
+    [-1, 1], held for ten physics steps with the platform's PD torque (`envs/pd.py`). Lanes that end are
+    reset on the next step, their action of that step ignored.
     """
 
     def __init__(self, task: str, num_envs: int, num_threads: int = 1, control: Control = "torque"):
@@ -74,7 +73,7 @@ class TwinVectorEnv(VectorEnv):
         if self.control == "torque":
             step = self.twin.step_torque(actions)
         else:
-            step = self.twin.step_target(pd.joint_target_rad(np.asarray(actions, dtype=np.float64)))
+            step = self.twin.step_action(np.asarray(actions, dtype=np.float32))
         obs, info, terminated, truncated = step.obs, step.info, step.terminated, step.truncated
         if ended.any():
             obs, info = self.twin.reset([None] * int(ended.sum()), lanes=ended)

@@ -18,7 +18,7 @@ MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = {
     "total_steps": 60, "num_lanes": 3, "warmup_steps": 30, "warmup_updates": 2, "freeze_hidden_until": 20,
     "freeze_input_until": 40, "updates_per_round": 1, "batch_size": 16, "buffer_size": 64, "actor_every": 1,
-    "validation_episodes": 2, "confirmation_episodes": 2, "validate_every": 30, "log_every": 15, "device": "cpu",
+    "validation_episodes": 2, "confirmation_episodes": 2, "validate_every": 60, "log_every": 15, "device": "cpu",
 }  # fmt: skip
 
 
@@ -237,16 +237,16 @@ class Killed(Exception):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    whole = checkpoints.load(stage.main(stage.Config(tmp_path / "whole", from_scratch=True, **SMALL)))
+    whole = checkpoints.load(stage.main(stage.Config(tmp_path / "whole", from_scratch=True, backend="twin", **SMALL)))
 
     save = stage.Run.save
 
     def save_and_die(run, *arguments):
         save(run, *arguments)
-        if run.step >= 45:  # after the first validation, in the middle of episodes
+        if run.step >= 45:  # in the middle of episodes
             raise Killed
 
-    killed = stage.Config(tmp_path / "killed", from_scratch=True, **SMALL)
+    killed = stage.Config(tmp_path / "killed", from_scratch=True, backend="twin", **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_SAVE_INTERVAL_S", 0.0)
         patch.setattr(stage.Run, "save", save_and_die)
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     resumed = checkpoints.load(stage.main(replace(killed, resume=True)))
 
     # The history holds losses, values and rewards of every line: equal to the last digit.
-    assert len(whole.manifest["metrics"]["history"]) == 1 + 4 + 2  # warm-up, lines, validations
+    assert len(whole.manifest["metrics"]["history"]) == 1 + 4 + 1  # warm-up, lines, validation
     for name in ("history", "result", "validation", "finetune_steps"):
         assert resumed.manifest["metrics"][name] == whole.manifest["metrics"][name], name
     for name, value in whole.arrays.items():

@@ -112,6 +112,19 @@ def test_twin_lanes_are_official_lanes(task):
     assert ended == 2
 
 
+def test_time_running_out_pays_the_score_and_is_no_end():
+    engine = TwinEngine("target", 1)
+    player = Player(engine, [(5,)], NOISE_RAD)
+    player.start()
+    engine._env.steps[:] = c.EPISODE_PHYSICS_STEPS - 15
+    for physics_steps, over in ((4995, False), (5000, True)):
+        step = player.step(ZEROS)
+        assert step.physics_steps == [physics_steps]
+        assert step.truncated[0] == over and not step.terminated[0] and not step.fell[0]
+        assert (step.score[0] != 0.0) == over and np.array_equal(step.obs, step.next_obs) != over
+    assert step.score[0] == pytest.approx(-0.3, abs=0.1)  # no target hit; far from it, exp(-d) is small
+
+
 def _flat(step) -> list[np.ndarray]:
     """The arrays of a tuple, its tuples unpacked."""
     return [array for entry in step for array in (_flat(entry) if isinstance(entry, tuple) else [entry])]

@@ -108,6 +108,9 @@ def test_mjx_follows_native():
     engine = MjxEngine(2)
     start = jnp.asarray(np.repeat(_start(ours, address).qpos[None], 2, axis=0), jnp.float32)
     data = engine.reset(start, jnp.zeros((2, ours.nv)))
+    fresh = _start(ours, address)
+    mujoco.mj_forward(ours, fresh)
+    np.testing.assert_allclose(data.sensordata[0], fresh.sensordata, atol=1e-4)  # the light reset's sensors
     step = jax.jit(engine.step)
     path = []
     for target in targets:
@@ -118,4 +121,4 @@ def test_mjx_follows_native():
     np.testing.assert_array_equal(path[:, 0], path[:, 1])
     error = np.linalg.norm(path[:, 0] - native[c.PHYSICS_STEPS_PER_ACTION - 1 :: c.PHYSICS_STEPS_PER_ACTION], axis=1)
     print(f"\nMJX against native: {error[4] * 1e3:.3f} mm at 100 ms, {error[12] * 1e3:.3f} mm at 260 ms, {error[24] * 1e3:.2f} mm at 500 ms")
-    assert error[4] < 2e-3 and error[24] < 2e-2
+    assert error.max() < 2e-2

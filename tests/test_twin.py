@@ -1,7 +1,7 @@
 """The twin gives the official environments' numbers, to the bit, lane by lane.
 
-A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do not
-disturb each other, threads, errors, the gymnasium interface.
+A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
+not disturb each other, threads, errors, the gymnasium interface.
 """
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import twin_equality
 from envs import constants as c
-from envs import official, twin
+from envs import official, pd, twin
 from envs.official import Episode
 from envs.twin import TwinEnv
 from envs.twin_gym import TwinVectorEnv
@@ -51,8 +51,8 @@ def played(env: TwinEnv, seeds, num_actions: int = 10) -> list[twin.Step]:
     env.reset(seeds)
     steps = []
     for k in range(num_actions):
-        actions = [np.random.default_rng([seed, k]).normal(0, 0.3, c.NUM_JOINTS) for seed in seeds]
-        steps.append(env.step_target(np.stack(actions)))
+        actions = [np.random.default_rng([seed, k]).normal(0, 0.5, c.NUM_JOINTS) for seed in seeds]
+        steps.append(env.step_action(np.stack(actions)))
     return steps
 
 
@@ -140,12 +140,13 @@ def test_reset_draws_what_the_official_reset_draws(task, seed):
 
 
 def test_time_is_up_after_5000_physics_steps():
+    assert official_env("goalie").spec.max_episode_steps == c.EPISODE_PHYSICS_STEPS == 5000
     env = TwinEnv("goalie", 2)
     env.reset([0, 1])
     env.steps[0] = c.EPISODE_PHYSICS_STEPS - 14
-    target = np.zeros((2, c.NUM_JOINTS))
-    assert not env.step_target(target).truncated.any()
-    step = env.step_target(target)
+    action = np.zeros((2, c.NUM_JOINTS))
+    assert not env.step_action(action).truncated.any()
+    step = env.step_action(action)
     assert step.truncated.tolist() == [True, False] and not step.terminated.any()
     assert env.steps.tolist() == [c.EPISODE_PHYSICS_STEPS, 20]
     assert np.isnan(env.score()).tolist() == [False, True]
@@ -160,6 +161,23 @@ def test_run_task_gives_the_results_of_run_episode(task):
     assert found == expected
 
 
+def test_float64_actions_are_taken_as_they_are():
+    """`hold_default_pose` returns float64: its torque is then float64 in `run_episode`, and so here."""
+    found = twin.run_task("goalie", official.hold_default_pose, [3])
+    assert found == [official.run_episode(official_env("goalie"), "goalie", official.hold_default_pose, 3)]
+
+
+def test_joint_targets_are_held_by_the_pd_law_at_every_physics_step():
+    held, torque = TwinEnv("target", 2), TwinEnv("target", 2)
+    held.reset([0, 1])
+    obs, _ = torque.reset([0, 1])
+    target = np.random.default_rng(0).normal(0, 0.2, (2, c.NUM_JOINTS))
+    for _ in range(10):
+        step = torque.step_torque(pd.torque_nm(target, obs[:, :12], obs[:, 12:24], np))
+        obs = step.obs
+    assert_same_lane(held.step_target(target)._replace(reward=step.reward), 0, step, 0)
+
+
 def test_run_episodes_keeps_the_order_and_the_numbers():
     episodes = [Episode("target", 5), Episode("goalie", 4), Episode("target", 6)]
     arrived = []
@@ -170,7 +188,11 @@ def test_run_episodes_keeps_the_order_and_the_numbers():
             yield result
 
     found = twin.run_episodes(None, episodes, workers=1, progress=progress)
-    assert found == arrived == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
+    assert (
+        found
+        == arrived
+        == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
+    )
 
 
 # --- lanes ----------------------------------------------------------------------------------------------
@@ -180,7 +202,7 @@ def test_run_episodes_keeps_the_order_and_the_numbers():
 def test_a_lane_does_not_depend_on_its_neighbours_or_its_thread(num_threads):
     together = played(TwinEnv("obstacle", 5, num_threads), [3, 1, 4, 1, 5])
     alone = played(TwinEnv("obstacle", 1), [4])
-    for a, b in zip(together, alone):
+    for a, b in zip(together, alone, strict=True):
         assert_same_lane(a, 2, b, 0)
         assert_same_lane(a, 1, a, 3)
 
@@ -189,12 +211,12 @@ def test_an_ended_lane_is_frozen_and_resets_alone():
     env = TwinEnv("target", 3)
     env.reset([0, 1, 2])
     env.qpos[1, env._root_q.start + 2] -= 0.35  # z of the trunk: fallen from the start
-    target = np.zeros((3, c.NUM_JOINTS))
-    first = env.step_target(target)
+    action = np.zeros((3, c.NUM_JOINTS))
+    first = env.step_action(action)
     assert first.terminated.tolist() == [False, True, False]
     assert env.steps.tolist() == [10, 1, 10]
-    target[1] = np.nan  # nobody reads it
-    second = env.step_target(target)
+    action[1] = np.nan  # nobody reads it
+    second = env.step_action(action)
     assert second.reward[1] == 0.0
     assert_same_lane(second._replace(reward=first.reward), 1, first, 1)
     assert np.isfinite(env.score()).tolist() == [False, True, False]
@@ -255,19 +277,19 @@ def test_vector_environment_equals_gymnasiums_own_over_the_official_environments
         actions = rng.uniform(-20, 20, (2, c.NUM_JOINTS)).astype(np.float32)
         our_obs, *our_flags, our_info = ours.step(actions)
         their_obs, *their_flags, their_info = theirs.step(actions)
-        for found, expected in zip(our_flags, their_flags):
+        for found, expected in zip(our_flags, their_flags, strict=True):
             np.testing.assert_array_equal(found, expected)
         autoresets += int(their_flags[1].sum())
     assert autoresets >= 2
     ours.close()
 
 
-def test_vector_environment_with_pd_actions_is_step_target():
+def test_vector_environment_with_pd_actions_is_step_action():
     envs, env = TwinVectorEnv("target", 2, control="pd"), TwinEnv("target", 2)
     obs, _ = envs.reset(seed=[8, 9])
     np.testing.assert_array_equal(obs, env.reset([8, 9])[0])
     actions = envs.action_space.sample()
-    expected = env.step_target(c.DEFAULT_POSE_RAD + actions * c.ACTION_SCALE_RAD)
+    expected = env.step_action(actions)
     obs, reward, *_ = envs.step(actions)
     np.testing.assert_array_equal(obs, expected.obs)
     np.testing.assert_array_equal(reward, expected.reward)
@@ -293,10 +315,11 @@ def actions_with(value: float) -> np.ndarray:
     ("call", "message"),
     [
         (lambda env: env.step_torque(actions_with(np.nan)), "torque of lane 1 holds NaN"),
+        (lambda env: env.step_action(actions_with(-np.inf)), "action of lane 1 holds NaN or infinity"),
         (lambda env: env.step_target(actions_with(np.inf)), "joint target of lane 1 holds NaN or infinity"),
         (lambda env: env.step_torque(np.zeros(12)), r"shape \(12,\), expected \(2, 12\)"),
         (lambda env: env.step_target(np.zeros((2, 11))), r"shape \(2, 11\), expected \(2, 12\)"),
-        (lambda env: env.step_target(np.zeros((2, 12)), num_steps=0), "held for 0 physics steps"),
+        (lambda env: env.step_target(np.zeros((2, 12)), num_steps=0), "be held for 0 physics steps"),
         (lambda env: env.reset([0, -1]), "seed of lane 1 is -1"),
         (lambda env: env.reset([2**64], lanes=np.array([1])), "seed of lane 1 is 18446744073709551616"),
         (lambda env: env.reset([0.5, 1]), "seed of lane 0 is 0.5: give an integer"),

@@ -1,0 +1,259 @@
+"""The gates pass a faithful conversion and stop an unfaithful one; the chain runs its stages in order."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import chain
+import checkpoints
+import convert_jax2torch
+import gates
+from envs import constants as c
+from errors import UserError
+from models import sac_networks as nets
+from models.numpy_policy import policy_from_arrays
+from preprocess.observation import OBS_SIZE
+
+
+def save(
+    path: Path, stage: str, arrays: dict, parent: checkpoints.Checkpoint | None
+) -> checkpoints.Checkpoint:
+    obs = np.random.default_rng(0).standard_normal((checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
+    checkpoints.save(path, stage, arrays, obs, policy_from_arrays(arrays)(obs), {}, 0, 0, parent, {})
+    return checkpoints.load(path)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> checkpoints.Checkpoint:
+    """Fresh networks, but an actor that depends on what it sees, and a normaliser that does something."""
+    actor_key, critic_key = jax.random.split(jax.random.key(0))
+    arrays = nets.flatten("actor", nets.init_actor(actor_key, OBS_SIZE))
+    for prefix in ("critic", "target_critic"):
+        arrays |= nets.flatten(prefix, nets.init_critics(critic_key, OBS_SIZE))
+    rng = np.random.default_rng(0)
+    arrays["actor.output.kernel"] = 30 * arrays["actor.output.kernel"]
+    arrays["normalizer.mean"] = rng.normal(0.0, 1.0, OBS_SIZE)
+    arrays["normalizer.std"] = rng.uniform(1.0, 5.0, OBS_SIZE)
+    arrays["log_alpha"] = np.array(-3.0)
+    arrays = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+    return save(tmp_path_factory.mktemp("gates") / "pretrain", "pretrained", arrays, None)
+
+
+@pytest.fixture(scope="module")
+def converted(pretrained) -> checkpoints.Checkpoint:
+    arrays = convert_jax2torch.convert(pretrained.arrays)
+    return save(pretrained.path.with_name("converted"), "converted", arrays, pretrained)
+
+
+@pytest.fixture(scope="module")
+def perturbed(pretrained, converted) -> checkpoints.Checkpoint:
+    """A conversion with one joint's action off by about 0.001."""
+    arrays = converted.arrays | {"actor.output.bias": converted.arrays["actor.output.bias"].copy()}
+    arrays["actor.output.bias"][3] += 1e-3
+    return save(pretrained.path.with_name("perturbed"), "converted", arrays, pretrained)
+
+
+def measured(report: dict) -> dict[str, dict]:
+    return {check["name"]: check for check in report["checks"]}
+
+
+def test_a_faithful_conversion_passes(pretrained, converted, tmp_path, capsys):
+    file = tmp_path / "gates.json"
+    report = gates.main(gates.Config(pretrained.path, converted.path, json=file, states=100, episodes=2))
+    assert report["passed"], capsys.readouterr().err
+    assert json.loads(file.read_text()) == report
+    checks = measured(report)
+    assert {check["gate"] for check in report["checks"]} == {1, 2}
+    assert 0.0 < checks["observation, JAX float32 and NumPy"]["measured"] <= 1e-6
+    assert 0.0 < checks["action, JAX and PyTorch actors"]["measured"] <= 1e-5
+    assert -5.0 <= report["log_std"]["min"] < report["log_std"]["max"] <= 2.0
+    assert capsys.readouterr().err.count("failed:") == 0
+
+
+def test_another_policy_stops_the_command_with_a_line_for_each_failure(pretrained, perturbed):
+    script = Path(gates.__file__)
+    command = [
+        sys.executable,
+        str(script),
+        "--pretrained",
+        str(pretrained.path),
+        "--converted",
+        str(perturbed.path),
+    ]
+    command += ["--states", "100", "--episodes", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    failures = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
+    assert any("gate 2, action, JAX and PyTorch actors: 0.00" in line for line in failures)
+    assert any("gate 2, action along the trajectory: 0.00" in line for line in failures)
+    assert not any("gate 1" in line for line in failures)
+    assert "Traceback" not in result.stderr
+
+
+def test_a_quaternion_read_in_another_order_is_noticed(monkeypatch):
+    """As if the official `robot_quat` were w, x, y, z."""
+    assert gates.rotation_error("goalie", seed=0) < gates.ROTATION_LIMIT
+    observe = gates.observe
+
+    def misread(joint_pos, joint_vel, info, xp):
+        return observe(joint_pos, joint_vel, info | {"robot_quat": info["robot_quat"][..., [1, 2, 3, 0]]}, xp)
+
+    monkeypatch.setattr(gates, "observe", misread)
+    assert gates.rotation_error("goalie", seed=0) > 0.1
+
+
+def test_difference_by_hand():
+    expected, actual = np.zeros((2, OBS_SIZE)), np.zeros((2, OBS_SIZE))
+    expected[1, -1], actual[1, -1] = 20.0, 20.5  # 0.5 / max(1, 20)
+    expected[0, 0], actual[0, 0] = 0.1, 0.12  # 0.02 / max(1, 0.1)
+    assert gates.difference(actual, expected) == (pytest.approx(0.025), "task_one_hot")
+    actual[0, 1] = np.nan
+    apart, feature = gates.difference(actual, expected)
+    assert np.isnan(apart) and feature == "joint_pos"
+
+
+def test_a_check_has_two_ends_and_nan_fails():
+    check = gates.Check(2, "log_std", -5.0, -5.0, 2.0, "", "")
+    assert check.passed
+    for value in (-5.001, 2.001, np.nan):
+        assert not dataclasses.replace(check, measured=value).passed
+
+
+def test_bad_input(pretrained, converted, tmp_path):
+    for config, message in (
+        (gates.Config(pretrained.path, pretrained.path), "'pretrained', but converted is needed"),
+        (gates.Config(tmp_path, converted.path), "is no checkpoint"),
+        (gates.Config(pretrained.path, converted.path, states=99), "at least 100 states"),
+        (
+            gates.Config(pretrained.path, converted.path, json=converted.path / "manifest.json"),
+            "not overwritten",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            gates.main(config)
+    other_arrays = pretrained.arrays | {"log_alpha": np.array(-1.0, np.float32)}
+    other = save(tmp_path / "other", "pretrained", other_arrays, None)
+    with pytest.raises(UserError, match="was not converted from"):
+        gates.main(gates.Config(other.path, converted.path))
+
+
+# --- the chain --------------------------------------------------------------------------------------------
+
+
+class Scripts:
+    """Stands in for the scripts: notes commands, leaves the reports that the chain reads, fails when told."""
+
+    def __init__(self):
+        self.commands: list[list[str]] = []
+        self.fails = ""
+
+    def __call__(self, stage: str, command: list[str]) -> None:
+        self.commands.append(command)
+        if stage == self.fails:
+            raise UserError(f"stage '{stage}' failed")
+        options = dict(zip(command, command[1:], strict=False))
+        if "--json" in options:
+            file = Path(options["--json"])
+            assert not file.exists()
+            file.parent.mkdir(exist_ok=True)
+            steps = {"zero.json": 278.0, "pretrained_again.json": 900.0}.get(file.name, 2000.0)
+            task = {"mean": 0.5, "mean_steps": steps}
+            tasks = {name: task for name in c.TASKS}
+            file.write_text(json.dumps({"tasks": tasks, "mean": 0.5, "ci95": [0.0, 1.0]}))
+        else:
+            Path(options["--out"]).mkdir(parents=True, exist_ok=True)
+        if stage == "submit":
+            (Path(options["--out"]) / "score.json").write_text('{"mean": 0.25}')
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> Scripts:
+    stand_in = Scripts()
+    monkeypatch.setattr(chain, "run_script", stand_in)
+    return stand_in
+
+
+STAGES = [
+    "train_mjx_sac.py",
+    "convert_jax2torch.py",
+    "gates.py",
+    "finetune_ddpg.py",
+    *["evaluate.py"] * 5,
+    "submit.py",
+]
+
+
+def test_the_chain_in_order(scripts, tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert chain.main(chain.Config(out=out, seed=7, pretrain_steps=1000)) == out
+    assert [command[0] for command in scripts.commands] == STAGES
+    assert scripts.commands[0][-2:] == ["--total-steps", "1000"]
+    assert all("--resume" not in command for command in scripts.commands)
+    for command in scripts.commands:
+        assert command[command.index("--seed") + 1] == (
+            "8" if "pretrained_again.json" in command[-5] else "7"
+        )
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["seconds"]) == ["pretrain", "convert", "gates", "finetune", "evaluate", "submit"]
+    assert [row["policy"] for row in summary["scores"]] == [
+        *("zero torque", "pre-trained", "pre-trained, seed 8", "converted", "fine-tuned")
+    ]
+    assert summary["sdk_score"] == 0.25
+    output = capsys.readouterr().out
+    assert "up for 2000 and 900 physics steps" in output and output.splitlines()[-1] == str(out)
+
+
+def test_the_chain_never_runs_over_results(scripts, tmp_path):
+    chain.main(chain.Config(out=tmp_path))
+    with pytest.raises(UserError, match="exists: remove .* --resume"):
+        chain.main(chain.Config(out=tmp_path))
+    assert len(scripts.commands) == len(STAGES)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(UserError, match="no whole summary.json"):
+        chain.main(chain.Config(out=tmp_path, resume=True))
+
+
+def test_the_chain_goes_on_where_it_stopped(scripts, tmp_path):
+    scripts.fails = "gates"
+    with pytest.raises(UserError, match="'gates'"):
+        chain.main(chain.Config(out=tmp_path))
+    (tmp_path / "gates.json").write_text("{}")  # what gates.py leaves when a gate fails
+    scripts.fails = ""
+    scripts.commands.clear()
+    with pytest.raises(UserError, match="seed = 0, not 1"):
+        chain.main(chain.Config(out=tmp_path, resume=True, seed=1))
+    chain.main(chain.Config(out=tmp_path, resume=True))
+    assert [command[0] for command in scripts.commands] == STAGES[2:]
+    assert "--resume" in scripts.commands[1]  # fine-tuning
+    chain.main(chain.Config(out=tmp_path, resume=True))
+    assert len(scripts.commands) == len(STAGES) - 2
+
+
+def test_an_unfinished_pretraining_is_resumed(scripts, tmp_path):
+    scripts.fails = "pretrain"
+    with pytest.raises(UserError):
+        chain.main(chain.Config(out=tmp_path))
+    scripts.fails = ""
+    (tmp_path / "pretrain.resume").mkdir()
+    chain.main(chain.Config(out=tmp_path, resume=True))
+    assert scripts.commands[1][0] == STAGES[0] and "--resume" in scripts.commands[1]
+
+
+def test_a_failing_script_stops_the_chain(tmp_path, capfd):
+    """The real conversion, without anything to convert."""
+    with pytest.raises(UserError, match="stage 'convert' failed: convert_jax2torch.py ended with status 2"):
+        chain.run_script(
+            "convert", ["convert_jax2torch.py", "--checkpoint", str(tmp_path / "x"), "--out", "y"]
+        )
+    assert "error: checkpoint" in capfd.readouterr().err
+
+
+def test_an_unknown_preset(tmp_path):
+    with pytest.raises(UserError, match="--preset tiny is unknown: use one of demo, cpu, l4"):
+        chain.main(chain.Config(preset="tiny", out=tmp_path))
