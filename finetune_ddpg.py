@@ -511,13 +511,14 @@ class Run:
         line = {"step": self.step} | self.statistics.take()
         self.history.append(line)
         alpha, beta = anneal(self.step, self.config.total_steps)
-        scores = " ".join(f"{task} {line.get(f'episode/score_{task}', float('nan')):+.2f}" for task in c.TASKS)
+        episodes = "no episode ended"
+        if "episode/fell" in line:
+            scores = (f"{task} {line[f'episode/score_{task}']:+.2f}" for task in c.TASKS if f"episode/score_{task}" in line)
+            episodes = f"{' '.join(scores)}, {line['episode/fell']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
+        learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f}" if "value" in line else ""
         tqdm.write(
-            f"step {self.step:>7,} alpha {alpha:.2f} beta {beta:.2f} | {scores} | "
-            f"fell {line.get('episode/fell', float('nan')):.0%} of episodes, "
-            f"{line.get('episode/physics_steps', float('nan')):.0f} physics steps | "
-            f"dense {line['reward/dense']:+.3f} value {line.get('value', float('nan')):+.2f} "
-            f"loss {line.get('critic_loss', float('nan')):.3f}"
+            f"step {self.step:>7,} alpha {alpha:.2f} beta {beta:.2f} | {episodes} | "
+            f"dense {line['reward/dense']:+.3f} {learning}"
         )
         return line
 
