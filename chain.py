@@ -38,9 +38,10 @@ EPISODES = {"demo": 10, "cpu": 100, "l4": 100}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 # Asked of the pre-trained policy; zero torque falls at 278, holding the default pose at 576.
 STAYS_UP_STEPS = 1000
+WIDTH = 110  # of the tables, also where the output is a file
 _LEFT_BY_STAGES = (
-    *("pretrain", "pretrain.resume", "converted", "gates.json", "finetuned", "finetuned.resume"),
-    *("evaluations", "submission"),
+    *("pretrain", "pretrain.resume", "pretrain.metrics.jsonl", "converted", "gates.json", "finetuned"),
+    *("finetuned.resume", "evaluations", "submission"),
 )
 
 
@@ -91,10 +92,9 @@ def stages(config: Config) -> dict[str, list[list[str]]]:
     gates += ["--json", str(out / "gates.json")]
     if config.pretrain_steps is not None:
         pretrain += ["--total-steps", str(config.pretrain_steps)]
-    if config.resume:
-        finetune.append("--resume")  # starts from the beginning where there is nothing yet
-        if any((out / f"pretrain.resume{suffix}").exists() for suffix in ("", ".previous")):
-            pretrain.append("--resume")
+    if config.resume:  # where there is nothing yet, the scripts start from the beginning
+        pretrain.append("--resume")
+        finetune.append("--resume")
     scores = ["--episodes", str(EPISODES[config.preset]), "--start-noise", str(START_NOISE_RAD)]
     return {
         "pretrain": [pretrain],
@@ -157,6 +157,13 @@ def start_summary(config: Config) -> dict[str, Any]:
                 f"{config.out} was run with {name} = {theirs.get(name)}, not {value}: "
                 "give the same, or another --out"
             )
+    saved = (config.out / f"pretrain.resume{suffix}" for suffix in ("", ".previous"))
+    has_started = (config.out / "pretrain").exists() and "pretrain" not in summary["seconds"]
+    if has_started and not any(path.exists() for path in saved):
+        raise UserError(
+            f"{config.out}: pre-training was stopped before it had saved a state to go on from: "
+            "remove the directory and start again, or name another --out"
+        )
     return summary
 
 
@@ -213,7 +220,7 @@ def print_scores(config: Config, rows: list[dict[str, Any]]) -> None:
         table.add_row(
             row["policy"], *scores, f"{low:+.2f} .. {high:+.2f}", f"{row['mean_physics_steps']:.0f}"
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
     pretrained = [row["mean_physics_steps"] for row in rows if row["policy"].startswith("pre-trained")]
     steps = " and ".join(f"{value:.0f}" for value in pretrained)
     verdict = "yes" if min(pretrained) > STAYS_UP_STEPS else "NO"
@@ -233,7 +240,7 @@ def print_times(seconds: dict[str, float]) -> None:
         table.add_row(stage, f"{value:.0f}")
     table.add_section()
     table.add_row("all", f"{sum(seconds.values()):.0f}")
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 def main(config: Config) -> Path:

@@ -86,7 +86,7 @@ class Config:
     critic_learning_rate: float = 3e-4
     actor_every: int = 2  # critic updates per actor update
     discount: float = 0.995  # a score two seconds away counts 61 %
-    target_tau: float = 0.005
+    target_tau: float = 0.01
     mirror: bool = True  # mirror half of each batch
     weights: FinetuneWeights = field(default_factory=FinetuneWeights)
     device: str = "auto"  # auto: the GPU where there is one; only the CPU repeats bit for bit
@@ -472,7 +472,9 @@ class Run:
     def receive(self, action: np.ndarray) -> LaneStep:
         """Wait for the lanes and store what they bring."""
         after = self.lanes.receive()
-        raw = dense_terms(Transition(self.reading, after.reading, after.obs, action, self.previous_action))
+        raw = dense_terms(
+            Transition(self.reading, after.reading, after.obs, action, self.previous_action, after.fell)
+        )
         dense = dense_reward(raw, self.config.weights)
         self.replay.add(
             obs=self.obs,
@@ -513,8 +515,9 @@ class Run:
         alpha, beta = anneal(self.step, self.config.total_steps)
         episodes = "no episode ended"
         if "episode/fell" in line:
-            scores = (f"{task} {line[f'episode/score_{task}']:+.2f}" for task in c.TASKS if f"episode/score_{task}" in line)
-            episodes = f"{' '.join(scores)}, {line['episode/fell']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
+            scores = {task: line[f"episode/score_{task}"] for task in c.TASKS if f"episode/score_{task}" in line}
+            episodes = " ".join(f"{task} {score:+.2f}" for task, score in scores.items())
+            episodes += f", {line['episode/fell']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
         learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f}" if "value" in line else ""
         tqdm.write(
             f"step {self.step:>7,} alpha {alpha:.2f} beta {beta:.2f} | {episodes} | "
@@ -571,7 +574,7 @@ class Run:
         self.previous_action = lanes["previous_action"]
         self.obs, self.reading = self.lanes.restore(lanes)
         if not np.array_equal(self.obs, lanes["obs"]):
-            print("warning: the running episodes did not repeat exactly (another machine?); going on with them as they are")
+            print("warning: the running episodes did not repeat exactly (another machine?): going on all the same")
 
 
 def write(
@@ -725,7 +728,8 @@ def find_resume(config: Config, path: Path, parent: checkpoints.Checkpoint | Non
     for name in ours.keys() - {"out", "checkpoint", "resume", "device"}:
         if theirs.get(name) != ours[name]:
             raise UserError(
-                f"{path} was run with {name} = {theirs.get(name)}, not {ours[name]}: give the same settings, or another --out"
+                f"{path} was run with {name} = {theirs.get(name)}, not {ours[name]}: "
+                "give the same settings, or another --out"
             )
     return saved
 

@@ -50,6 +50,7 @@ ACTION_LIMIT = 1e-5
 LOG_STD_RANGE = (-5.0, 2.0)
 _TURNS = 20  # robots turned per task to prove the quaternion's order
 _TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
+_SCORE_ROUNDS = 3  # in how many, at most, the converted policy's score may miss before that is a failure
 _TURNED_STREAM = 1  # a random stream beside the bare seed's
 
 Info = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ class Config:
     json: Path | None = None  # new file for the numbers
     seed: int = 0  # master seed of the official starts and of the turns
     states: int = 120  # official states per task for the comparisons, at least 100; half as many turned ones
-    episodes: int = 10  # per task and policy, for actions and score along the trajectory
+    episodes: int = 10  # per task, policy and round, for actions and score along the trajectory
     start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
 
 
@@ -283,43 +284,54 @@ class Recorded(NamedTuple):
 
 def trajectory_checks(
     pretrained: Checkpoint, converted: Checkpoint, config: Config
-) -> tuple[list[Check], dict]:
-    """Play both policies from the same starts: the converted one's actions along its way, and its score."""
+) -> tuple[list[Check], list]:
+    """Play both policies from the same starts: the converted one's actions along its way, and its score.
+
+    Contacts are chaotic: a seventh digit can decide an episode, and of two samples of one policy the second's
+    mean misses the first's 95 % interval one time in six. So a miss is repeated on fresh starts.
+    """
     before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
-    starts = (config.episodes, config.seed, config.start_noise)
-    with tempfile.TemporaryDirectory() as directory:
-        converted_result = evaluate(Recorded(after, Path(directory)), *starts)
-        met = np.concatenate([np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())])
-    pretrained_result = evaluate(before, *starts)
-    met = met.reshape(-1, OBS_SIZE)
-    apart = float(np.abs(after(met) - before(met)).max())
-    low, high = pretrained_result["ci95"]
-    where = f"{config.episodes} starts per task"
-    checks = [
+    apart, observations, rounds = 0.0, 0, []
+    for seed in range(config.seed, config.seed + _SCORE_ROUNDS):
+        with tempfile.TemporaryDirectory() as directory:
+            recorded = Recorded(after, Path(directory))
+            played = evaluate(recorded, config.episodes, seed, config.start_noise)
+            met = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
+        expected = evaluate(before, config.episodes, seed, config.start_noise)
+        met = np.concatenate(met).reshape(-1, OBS_SIZE)
+        apart = float(np.maximum(apart, np.abs(after(met) - before(met)).max()))
+        observations += len(met)
+        rounds.append({"seed": seed, "pretrained": _scores(expected), "converted": _scores(played)})
+        low, high = expected["ci95"]
+        if low <= played["mean"] <= high:
+            break
+    where = f"{config.episodes} starts per task, master seed {seed}"
+    return [
         Check(
             2,
             "action along the trajectory",
             apart,
             0.0,
             ACTION_LIMIT,
-            f"{len(met):,} observations of {where}",
+            f"{observations:,} observations that the converted policy met",
             "convert again with convert_jax2torch.py",
         ),
         Check(
             2,
             "converted score in pre-trained one's 95 % interval",
-            converted_result["mean"],
+            played["mean"],
             low,
             high,
-            where,
-            "repeat with another --seed or more --episodes; if it stays outside, the policies differ",
+            where if len(rounds) == 1 else f"{where}, round {len(rounds)} of at most {_SCORE_ROUNDS}",
+            "every round missed, so the two policies play differently: convert again",
         ),
-    ]
-    return checks, {
-        stage: {name: result[name] for name in ("mean", "ci95")}
-        | {"tasks": {task: of_task["mean"] for task, of_task in result["tasks"].items()}}
-        for stage, result in (("pretrained", pretrained_result), ("converted", converted_result))
-    }
+    ], rounds
+
+
+def _scores(result: dict) -> dict:
+    """Mean score, its interval and the tasks' means, of a result of `evaluate`."""
+    tasks = {task: of_task["mean"] for task, of_task in result["tasks"].items()}
+    return {"mean": result["mean"], "ci95": result["ci95"], "tasks": tasks}
 
 
 # --- the command ----------------------------------------------------------------------------------------

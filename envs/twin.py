@@ -187,7 +187,7 @@ class TwinEnv:
         self._source = _source(task)
         model = self._source.model
         self._workers = [_Worker(copy(model), task) for _ in range(num_threads)]
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._pool = ThreadPoolExecutor(num_threads)  # starts its threads only when they are needed
         self._address_model(model)
         self._constants()
 
@@ -248,8 +248,7 @@ class TwinEnv:
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     # --- reset --------------------------------------------------------------------------------------
 
@@ -431,10 +430,11 @@ class TwinEnv:
         parts = [
             slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)
         ]
-        if num_parts == 1:
-            play(self._workers[0], parts[0])
-        else:
-            list(self._pool.map(play, self._workers, parts))
+        others = zip(self._workers[1:], parts[1:], strict=False)  # fewer parts than threads: few lanes left
+        jobs = [self._pool.submit(play, worker, part) for worker, part in others]
+        play(self._workers[0], parts[0])
+        for job in jobs:
+            job.result()
         return states, sensors
 
     def _move_keepers(self, state: np.ndarray) -> None:

@@ -23,12 +23,13 @@ _STANDING_M_S = 0.1  # horizontal robot speed below which it counts as idle
 class FinetuneWeights:
     """Weight of each term; the names are the terms'. `action_rate` and `idle` are the guards against collapse."""
 
-    approach: float = 0.1  # per action at 1 m/s toward the ball
+    approach: float = 0.2  # per action at 1 m/s toward the ball
     shot: float = 1.0  # per point of ball speed gained toward the goal, window or target
     alive: float = 0.05  # per action
     tilt: float = -0.2  # squared horizontal part of gravity in the body
     action_rate: float = -0.005  # sum of squared action differences
     idle: float = -0.05  # per action of standing about while the ball lies still
+    fallen: float = -3.0  # once
 
 
 class Reading(NamedTuple):
@@ -48,6 +49,7 @@ class Transition(NamedTuple):
     obs_after: np.ndarray  # (B, 87)
     action: np.ndarray  # (B, 12)
     previous_action: np.ndarray  # (B, 12); zeros (the default pose) at an episode's first action
+    fell: np.ndarray  # (B,) bool: the episode ended with a fall
 
 
 def _horizontal_m(vector_w: np.ndarray) -> np.ndarray:
@@ -97,6 +99,10 @@ def _idle(t: Transition) -> np.ndarray:
     return ((robot_m_s < _STANDING_M_S) & (ball_m_s < _ROLLING_M_S)).astype(np.float64)
 
 
+def _fallen(t: Transition) -> np.ndarray:
+    return t.fell.astype(np.float64)
+
+
 TERMS = {
     "approach": _approach,
     "shot": _shot,
@@ -104,6 +110,7 @@ TERMS = {
     "tilt": _tilt,
     "action_rate": _action_rate,
     "idle": _idle,
+    "fallen": _fallen,
 }
 assert set(TERMS) == {field.name for field in fields(FinetuneWeights)}
 

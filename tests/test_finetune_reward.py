@@ -7,7 +7,7 @@ import pytest
 
 from envs import constants as c
 from preprocess.observation import OBS_SIZE, SLICES
-from rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
+from rewards.finetune import TERMS, FinetuneWeights, Reading, Transition, dense_reward, dense_terms
 
 GOAL_W = [-10.97, 0.0, 0.0]
 
@@ -16,12 +16,15 @@ def reading(robot=(0, 0, 0.7), ball=(-1, 0, 0.12), ball_vel=(0, 0, 0), aim=GOAL_
     return Reading(*(np.array([values], dtype=float) for values in (robot, ball, ball_vel, aim)))
 
 
-def terms(before: Reading, after: Reading, task="goalie", action=0.0, previous=0.0, gravity=(0, 0, -1)) -> dict:
+def terms(
+    before: Reading, after: Reading, task="goalie", action=0.0, previous=0.0, gravity=(0, 0, -1), fell=False
+) -> dict:
     obs = np.zeros((1, OBS_SIZE))
     obs[0, SLICES["task_one_hot"]] = np.eye(c.NUM_TASKS)[c.TASKS.index(task)]
     obs[0, SLICES["projected_gravity_b"]] = gravity
     actions = (np.full((1, c.NUM_JOINTS), value) for value in (action, previous))
-    return {name: value.item() for name, value in dense_terms(Transition(before, after, obs, *actions)).items()}
+    transition = Transition(before, after, obs, *actions, np.array([fell]))
+    return {name: value.item() for name, value in dense_terms(transition).items()}
 
 
 def test_approach_is_the_speed_toward_the_ball():
@@ -63,12 +66,13 @@ def test_posture_and_smoothness():
     values = terms(reading(), reading(), action=0.3, previous=0.1, gravity=(0.6, 0.0, -0.8))
     assert values["tilt"] == pytest.approx(0.36)
     assert values["action_rate"] == pytest.approx(12 * 0.04)
-    assert values["alive"] == 1.0
+    assert values["alive"] == 1.0 and values["fallen"] == 0.0
+    assert terms(reading(), reading(), fell=True)["fallen"] == 1.0
 
 
 def test_every_term_has_a_switch():
-    raw = {name: np.array([1.0]) for name in ("approach", "shot", "alive", "tilt", "action_rate", "idle")}
-    weights = FinetuneWeights(approach=1.0, shot=2.0, alive=4.0, tilt=-8.0, action_rate=-16.0, idle=-32.0)
+    raw = {name: np.array([1.0]) for name in TERMS}
+    weights = FinetuneWeights(**{name: 2.0**i for i, name in enumerate(TERMS)})
     total = dense_reward(raw, weights)
     for name, value in vars(weights).items():
         assert dense_reward(raw, replace(weights, **{name: 0.0})) == total - value

@@ -96,6 +96,29 @@ def test_another_policy_stops_the_command_with_a_line_for_each_failure(pretraine
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("converted_means", "passed"), [([0.5], True), ([1.5, -0.5], True), ([2, 2, 2], False)]
+)
+def test_a_missed_score_is_repeated(pretrained, converted, monkeypatch, converted_means, passed):
+    """Against the interval [-1, 1]: rounds until one hits, three at most."""
+    seeds = []
+
+    def evaluate(policy, episodes, seed, start_noise_rad):
+        policy(np.zeros(OBS_SIZE, np.float32))
+        mean = 0.0
+        if isinstance(policy, gates.Recorded):
+            mean = converted_means[len(seeds)]
+            seeds.append(seed)
+        return {"mean": mean, "ci95": [-1.0, 1.0], "tasks": {}}
+
+    monkeypatch.setattr(gates, "evaluate", evaluate)
+    config = gates.Config(pretrained.path, converted.path, seed=4)
+    (actions, score), rounds = gates.trajectory_checks(pretrained, converted, config)
+    assert score.passed == passed and len(rounds) == len(seeds)
+    assert seeds == [4, 5, 6][: len(rounds)] and rounds[-1]["converted"]["mean"] == score.measured
+    assert actions.passed and 0.0 <= actions.measured < 1e-6
+
+
 def test_a_quaternion_read_in_another_order_is_noticed(monkeypatch):
     """As if the official `robot_quat` were w, x, y, z."""
     assert gates.rotation_error("goalie", seed=0) < gates.ROTATION_LIMIT
@@ -240,6 +263,9 @@ def test_an_unfinished_pretraining_is_resumed(scripts, tmp_path):
     with pytest.raises(UserError):
         chain.main(chain.Config(out=tmp_path))
     scripts.fails = ""
+    (tmp_path / "pretrain").mkdir()
+    with pytest.raises(UserError, match="before it had saved a state"):
+        chain.main(chain.Config(out=tmp_path, resume=True))
     (tmp_path / "pretrain.resume").mkdir()
     chain.main(chain.Config(out=tmp_path, resume=True))
     assert scripts.commands[1][0] == STAGES[0] and "--resume" in scripts.commands[1]
