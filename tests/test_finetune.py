@@ -214,7 +214,7 @@ def test_a_tiny_run_from_a_checkpoint(tmp_path, capsys):
     actions = policy_from_arrays(arrays)(obs).astype(np.float32)
     start = tmp_path / "converted"
     checkpoints.save(start, "converted", arrays, obs, actions, {}, 0, 500, None, {})
-    path = stage.main(stage.Config(tmp_path / "out", checkpoint=start, **SMALL))
+    path = stage.main(stage.Config(tmp_path / "out", checkpoint=start, backend="official", **SMALL))
     assert capsys.readouterr().out.rstrip().endswith(str(path))
     result = checkpoints.load(path, ("finetuned",))
     assert result.manifest["parent"]["hash"] == checkpoints.load(start).hash
@@ -237,7 +237,7 @@ class Killed(Exception):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    whole = checkpoints.load(stage.main(stage.Config(tmp_path / "whole", from_scratch=True, backend="twin", **SMALL)))
+    whole = checkpoints.load(stage.main(stage.Config(tmp_path / "whole", from_scratch=True, **SMALL)))
 
     save = stage.Run.save
 
@@ -246,7 +246,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         if run.step >= 45:  # in the middle of episodes
             raise Killed
 
-    killed = stage.Config(tmp_path / "killed", from_scratch=True, backend="twin", **SMALL)
+    killed = stage.Config(tmp_path / "killed", from_scratch=True, **SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_SAVE_INTERVAL_S", 0.0)
         patch.setattr(stage.Run, "save", save_and_die)

@@ -11,7 +11,7 @@ import pytest
 from envs import constants as c
 from envs import official, pd, scene
 from errors import UserError
-from preprocess.observation import observe
+from preprocess.submission import Preprocessor
 from rewards.official import score_terms
 
 
@@ -160,8 +160,8 @@ def test_held_control_against_a_loop_written_out(envs):
     while not (terminated or truncated):
         info["task_index"] = np.array([0.0, 0.0, 1.0], dtype=np.float32)
         if steps % 10 == 0:
-            target = pd.joint_target_rad(policy(observe(obs[:12], obs[12:24], info, np).astype(np.float32)))
-        obs, _, terminated, truncated, info = env.step(pd.torque_nm(target, obs[:12], obs[12:24], np))
+            action = policy(Preprocessor().modify_state(obs, info)[0])
+        obs, _, terminated, truncated, info = env.step(pd.platform_torque_nm(action, obs[:12], obs[12:24]))
         steps += 1
     score = sum(score_terms("target", env.unwrapped.compute_reward()).values())
 

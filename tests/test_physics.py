@@ -6,7 +6,7 @@ import pytest
 
 from envs import constants as c
 from envs import scene
-from envs.pd import joint_target_rad, torque_nm
+from envs.pd import joint_target_rad, platform_torque_nm, torque_nm
 
 
 def _targets(seed: int, actions: int) -> np.ndarray:
@@ -58,6 +58,16 @@ def test_torque_by_hand():
     torque = torque_nm(target, pos, vel, np)
     np.testing.assert_allclose(torque[[0, 3, 5]], [200 * 0.1, -65.0, -2.0])
     assert not torque[[1, 2, 4]].any() and not torque[6:].any()
+
+
+def test_platform_torque_is_the_same_law():
+    """The float32 form that the SDK computes, against the float64 law, also where it clips."""
+    rng = np.random.default_rng(0)
+    action = rng.uniform(-1, 1, (200, c.NUM_JOINTS)).astype(np.float32)
+    pos, vel = rng.normal(0, 0.5, (2, 200, c.NUM_JOINTS)).astype(np.float32)
+    expected = torque_nm(joint_target_rad(action), pos, vel, np)
+    assert (np.abs(expected) == c.TORQUE_LIMIT_NM).any() and (np.abs(expected) < c.TORQUE_LIMIT_NM).any()
+    np.testing.assert_allclose(platform_torque_nm(action, pos, vel), expected, atol=1e-3)
 
 
 def test_pd_actuators_equal_explicit_torque():
