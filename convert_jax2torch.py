@@ -1,4 +1,4 @@
-"""Pre-trained (JAX) checkpoint to PyTorch: mean policy and critics, the observation normaliser folded in.
+"""Stage 2: pre-trained (JAX) checkpoint to PyTorch: mean policy and critics, the observation normaliser folded in.
 
     python convert_jax2torch.py --checkpoint runs/pretrain --out runs/converted
 

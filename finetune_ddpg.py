@@ -1,10 +1,12 @@
-"""DDPG fine-tuning in the official environments: from the dense reward to the official score.
+"""Stage 3: DDPG fine-tuning in the official environments, from the dense reward to the official score.
 
     python finetune_ddpg.py --checkpoint runs/converted --out runs/finetuned [--preset demo|cpu|l4]
     python finetune_ddpg.py --from-scratch --out runs/scratch
 
 Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with `--from-scratch`.
-Output: a "finetuned" checkpoint, and beside it `<out>.resume`, from which `--resume` goes on after a kill.
+Output: a "finetuned" checkpoint; until it is there, `<out>.resume`, from which `--resume` goes on after a
+kill. The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or, with
+`--backend official`, by themselves, one process a lane.
 
 Deep deterministic policy gradient (Lillicrap et al. 2016): a deterministic actor, exploration noise on its
 actions, target networks. Two critics, of which targets take the minimum (Fujimoto et al. 2018: a policy
@@ -22,6 +24,7 @@ platform; only the first stops the bootstrap.
 import contextlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -65,13 +68,13 @@ class Config:
     checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
     from_scratch: bool = False  # start from random networks instead
     preset: str = "cpu"  # demo, cpu or l4
-    backend: str = "twin"  # twin or official: the official environments themselves, same numbers, ten times slower
+    backend: str = "twin"  # twin or official; the same numbers, the twin about ten times faster
     seed: int = 0
     resume: bool = False  # go on from <out>.resume, if it is there
 
     # --- length; steps are policy actions in one lane
     total_steps: int | None = None
-    num_lanes: int | None = None  # processes, a multiple of three
+    num_lanes: int | None = None  # a multiple of three; with the official backend each is a process
     warmup_steps: int | None = None  # of the frozen policy, before the first update
     warmup_updates: int | None = None  # of the critics only, after these
     freeze_hidden_until: int | None = None  # before this step only the last layer learns
@@ -99,7 +102,7 @@ class Config:
     log_every: int | None = None  # steps; a state to resume from is written at most this often
 
 
-# Times and scores of each preset: docs/results.md.
+# Measured times and scores: docs/experiments.md.
 PRESETS: dict[str, dict] = {
     "demo": {
         "total_steps": 36_000, "num_lanes": 24, "warmup_steps": 3_000, "warmup_updates": 500,
@@ -712,10 +715,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def _resume_places(path: Path) -> tuple[Path, Path]:
+    """The saved state, and the one before: it is alone if a save was killed between two renames."""
+    return path, path.with_name(f"{path.name}.previous")
+
+
 def find_resume(config: Config, path: Path, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint | None:
     """The saved state to go on from, or None for a new run."""
-    previous = path.with_name(f"{path.name}.previous")  # alone, if a save was killed between two renames
-    if not (path.exists() or previous.exists()):
+    if not any(place.exists() for place in _resume_places(path)):
         if config.resume:
             print(f"{path} is not there: starting from the beginning")
         return None
@@ -770,6 +777,9 @@ def main(config: Config) -> Path:
         "history": run.history,
     }
     path = write(config.out, run, arrays, parent, metrics)
+    for leftover in _resume_places(resume_path):
+        if (leftover / checkpoints.MANIFEST).exists():
+            shutil.rmtree(leftover)
     print(path)
     return path
 

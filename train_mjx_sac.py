@@ -63,10 +63,11 @@ class Config:
     time_limit_s: float = 0.0  # stop cleanly after this much wall time; 0: no limit
 
     # --- learning: the reasons are in docs/experiments.md
-    batch_size: int = 512
-    updates_per_iteration: int = 4  # gradient steps per action of all lanes
-    buffer_size: int = 1_000_000
-    learning_starts: int = 20_000  # steps with the untrained policy before the first update
+    # None takes the preset's value, also for evaluation_every below.
+    batch_size: int | None = None
+    updates_per_iteration: int | None = None  # gradient steps per action of all lanes
+    buffer_size: int | None = None
+    learning_starts: int | None = None  # steps with the untrained policy before the first update
     learning_rate: float = 3e-4
     adam_b2: float = 0.95
     weight_decay: float = 1e-3
@@ -82,16 +83,18 @@ class Config:
     weights: DenseWeights = field(default_factory=DenseWeights)
 
     # --- evaluation and checkpoints
-    evaluation_every: int = 500_000  # steps
+    evaluation_every: int | None = None  # steps
     evaluation_lanes: int = 96
     checkpoint_every: int = 200_000  # steps, but never more often than every two minutes
     log_every: int = 50_000  # steps
 
 
-# preset -> what it changes. Times and scores of each: docs/results.md.
-PRESETS: dict[str, dict] = {
-    "demo": {"num_envs": 256, "total_steps": 700_000, "evaluation_every": 100_000},
-    "cpu": {"num_envs": 256, "total_steps": 20_000_000},
+_CPU = {"num_envs": 256, "total_steps": 20_000_000, "batch_size": 512, "updates_per_iteration": 4,
+        "buffer_size": 1_000_000, "learning_starts": 20_000, "evaluation_every": 500_000}  # fmt: skip
+# Measured times and scores: docs/experiments.md. The GPU presets have not been measured yet.
+PRESETS: dict[str, dict[str, int]] = {
+    "demo": _CPU | {"total_steps": 700_000, "evaluation_every": 100_000},
+    "cpu": _CPU,
     "l4": {"num_envs": 2048, "total_steps": 100_000_000, "batch_size": 8192, "updates_per_iteration": 4,
            "buffer_size": 4_000_000, "learning_starts": 200_000, "evaluation_every": 5_000_000},
     "h200": {"num_envs": 4096, "total_steps": 200_000_000, "batch_size": 16384, "updates_per_iteration": 4,
@@ -128,17 +131,15 @@ def resolve(config: Config) -> Config:
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset} is unknown: use one of {', '.join(PRESETS)}")
     level(config.dr_level)
-    defaults = {f: getattr(Config, f) for f in ("batch_size", "updates_per_iteration", "buffer_size", "learning_starts",
-                                                "evaluation_every")}  # fmt: skip
-    chosen = {}
-    for name, value in PRESETS[config.preset].items():
-        current = getattr(config, name)
-        if current is None or (name in defaults and current == defaults[name]):
-            chosen[name] = value
+    chosen = {name: value for name, value in PRESETS[config.preset].items() if getattr(config, name) is None}
     config = replace(config, **chosen)
-    for name in ("num_envs", "total_steps", "batch_size", "max_actions"):
+    for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
+    if config.seed < 0:
+        raise UserError(f"--seed must not be negative, got {config.seed}")
+    if config.buffer_size < config.num_envs:
+        raise UserError(f"--buffer-size {config.buffer_size} is less than one action of {config.num_envs} lanes")
     engine = config.engine
     if engine == "auto":
         engine = "mjx" if jax.default_backend() == "gpu" else "native"
@@ -348,9 +349,8 @@ class NativeLoop:
         self.cursor = self.filled = 0
         qpos, qvel, self.task_state = self._reset(self._next())
         self.engine.reset(np.arange(config.num_envs), np.asarray(qpos), np.asarray(qvel))
-        # Episodes start out of step with one another.
-        offset = self.rng.integers(0, config.max_actions // 2, config.num_envs)
-        self._first_cut = offset
+        # Each lane's first episode is cut somewhere, so that the lanes do not reset all at once later.
+        self._first_cut = self.rng.integers(1, config.max_actions + 1, config.num_envs)
         self.obs = jax.jit(observe)(self.engine.view(), self.task_state)
 
     def _next(self) -> int:
@@ -389,10 +389,9 @@ class NativeLoop:
 
     def _reset_done(self, outcome: Outcome) -> jax.Array:
         done = np.asarray(outcome.terminated) | np.asarray(outcome.truncated)
-        if self._first_cut is not None:
-            done = done | (np.asarray(self.task_state.action_count) == self._first_cut + 1)
-            if np.all(np.asarray(self.task_state.action_count) > self._first_cut + 1):
-                self._first_cut = None
+        first_cut = np.asarray(self.task_state.action_count) == self._first_cut
+        self._first_cut = np.where(done | first_cut, -1, self._first_cut)  # once a lane, never again
+        done = done | first_cut
         if not done.any():
             return outcome.obs
         qpos, qvel, fresh = self._reset(self._next())
@@ -614,6 +613,8 @@ def find_resume(config: Config, path: Path) -> checkpoints.Checkpoint | None:
     if config.resume:
         if exists:
             return checkpoints.load_latest(path, ("pretrained",))
+        if (config.out / checkpoints.MANIFEST).exists():
+            raise UserError(f"{config.out} holds a policy but no state to resume from: move it away or name another --out")
         print(f"{path} is not there: starting from the beginning", flush=True)
     checkpoints.check_output_dir(config.out)
     if exists or (config.out / checkpoints.MANIFEST).exists():
@@ -637,6 +638,8 @@ def main(config: Config) -> Path:
         steps = saved.manifest["steps"]
         best_score = saved.manifest["metrics"]["best_score"]
         best_score = -np.inf if best_score is None else best_score  # not finite is written as null
+        if (config.out / checkpoints.MANIFEST).exists():  # may be newer than the state
+            best_score = max(best_score, checkpoints.load(config.out, ("pretrained",)).manifest["metrics"]["best_score"])
         if steps >= config.total_steps:
             print(f"{config.out} is finished already, at step {steps:,}\n{config.out}")
             return config.out
@@ -649,7 +652,6 @@ def main(config: Config) -> Path:
 
     started = last_checkpoint_s = time.monotonic()
     first_step, last_log, last_eval, last_save = steps, steps, steps, steps
-    good = jax.tree.map(jnp.copy, state)
     metrics: dict = {}
     bar = tqdm(total=config.total_steps, initial=steps, unit="step", unit_scale=True, mininterval=5, disable=not sys.stderr.isatty())
     while True:
@@ -662,14 +664,17 @@ def main(config: Config) -> Path:
         elapsed = time.monotonic() - started
         finished = steps >= config.total_steps or (config.time_limit_s and elapsed >= config.time_limit_s)
 
-        if steps - last_log >= config.log_every or finished:
+        save_due = steps - last_save >= config.checkpoint_every and time.monotonic() - last_checkpoint_s >= 120
+        log_due = steps - last_log >= config.log_every
+        if (log_due or save_due or finished) and not np.isfinite(float(metrics.get("critic_loss", 0.0))):
+            bar.close()
+            raise UserError(
+                f"training diverged before step {steps:,}: the critic loss is not finite; what {config.out} and {resume_path} "
+                "hold is older and good: go on from there with another --seed or a lower learning rate"
+            )
+        if log_due or finished:
             last_log = steps
             line = statistics.take() | {k: float(v) for k, v in metrics.items()}
-            if not np.isfinite(line.get("critic_loss", 0.0)):
-                bar.close()
-                raise UserError(
-                    f"training diverged at step {steps:,} (critic loss is not finite); the last good checkpoint is kept in {config.out}"
-                )
             rate = (steps - first_step) / elapsed
             record(config.out, {"step": steps, "wall_s": elapsed, "steps_per_s": rate} | line)
             tqdm.write(
@@ -695,9 +700,8 @@ def main(config: Config) -> Path:
             sys.stdout.flush()
             if result["eval/score"] > best_score:
                 best_score = result["eval/score"]
-                good = jax.tree.map(jnp.copy, state)
-                write_checkpoint(config.out, config, good, steps, result | {"best_score": best_score}, loop.obs)
-        if (steps - last_save >= config.checkpoint_every and time.monotonic() - last_checkpoint_s >= 120) or finished:
+                write_checkpoint(config.out, config, state, steps, result | {"best_score": best_score}, loop.obs)
+        if save_due or finished:
             last_save, last_checkpoint_s = steps, time.monotonic()
             write_checkpoint(resume_path, config, state, steps, {"best_score": best_score}, loop.obs,
                              {"learner": resume_arrays(state)})  # fmt: skip

@@ -1,4 +1,6 @@
-"""Domain randomisation in three levels (level 0 is none), drawn anew at every reset.
+"""Domain randomisation in three levels (level 0 is none).
+
+The native engine draws anew at every reset, MJX once a lane.
 
 Each number acts where it has an effect. A contact takes the larger friction of its two geoms, so the
 ground's is set low and each robot geom's and the ball's own decides. Damping means the PD layer's, because

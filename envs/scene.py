@@ -79,7 +79,7 @@ def sensor_slices(model: mujoco.MjModel) -> dict[str, slice]:
 def load_mjx_model() -> mujoco.MjModel:
     """The scene as written, for MJX: motors replaced by the PD layer, solver settings for float32.
 
-    4 iterations and 6 line-search steps: measured equal to 100 and 50 in MJX (see docs/experiments.md).
+    4 iterations and 6 line-search steps: more did not bring MJX nearer to native (docs/experiments.md).
     """
     check_mujoco_version()
     model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
@@ -114,11 +114,13 @@ def write_pd_layer(model: mujoco.MjModel) -> mujoco.MjModel:
     force = clip(kp (target - q) - kd qvel, +-limit), evaluated at the state before each physics step. That
     is the explicit torque of `envs/pd.py`: under the Euler integrator MuJoCo treats only joint damping
     implicitly, and here it is zero, so Euler equals the official implicitfast with motors, to the bit
-    (`tests/test_pd.py`). Under implicitfast a position actuator would be damped implicitly: 4.4 mm apart
+    (`tests/test_physics.py`). Under implicitfast a position actuator would be damped implicitly: 4.4 mm apart
     after 1 s. Held targets then need one call for ten physics steps instead of ten calls.
     """
     if np.any(model.dof_damping):
         raise ValueError("joint damping must be zero: the Euler integrator would treat it implicitly")
+    if [model.actuator(i).name for i in range(model.nu)] != list(c.JOINT_NAMES):
+        raise ValueError("the scene's actuators must be in the order of JOINT_NAMES: `ctrl` is written as a whole")
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
     for i, name in enumerate(c.JOINT_NAMES):
         actuator = model.actuator(name).id

@@ -171,6 +171,7 @@ class Tasks:
         side = jnp.where(uniform(0.0, 1.0, (8,)) > 0.5, 1.0, -1.0)
         official_y = robot_xy[1] + side * uniform(*c.TARGET_OFFSET_Y_M, (8,))
         official_y = official_y[jnp.argmax(jnp.abs(official_y) <= half_y)]
+        official_y = jnp.clip(official_y, -half_y, half_y)  # 0.4 % of the robots beside a side line drew 8 misses
         official_target = jnp.stack([uniform(-half_x, half_x), official_y])
         angle = official_yaw + uniform(-mix.target_angle_rad, mix.target_angle_rad)
         near = ball_xy + uniform(*mix.target_distance_m) * jnp.stack([jnp.cos(angle), jnp.sin(angle)])

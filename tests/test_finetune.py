@@ -265,6 +265,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         assert resumed.manifest["metrics"][name] == whole.manifest["metrics"][name], name
     for name, value in whole.arrays.items():
         np.testing.assert_array_equal(resumed.arrays[name], value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
 def test_bad_input(tmp_path):
