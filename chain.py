@@ -154,8 +154,7 @@ def start_summary(config: Config) -> dict[str, Any]:
     for name, value in settings.items():
         if theirs.get(name) != value:
             raise UserError(
-                f"{config.out} was run with {name} = {theirs.get(name)}, not {value}: "
-                "give the same, or another --out"
+                f"{config.out} was run with {name} = {theirs.get(name)}, not {value}: give the same, or another --out"
             )
     saved = (config.out / f"pretrain.resume{suffix}" for suffix in ("", ".previous"))
     has_started = (config.out / "pretrain").exists() and "pretrain" not in summary["seconds"]

@@ -129,8 +129,7 @@ def save(
         raise ValueError(f"extra_arrays: names must be like 'optimizer', got {sorted(extra_arrays or {})}")
     # Contiguous, because safetensors writes the memory as it lies.
     tables = {
-        name: {key: np.asarray(value, order="C") for key, value in table.items()}
-        for name, table in tables.items()
+        name: {key: np.asarray(value, order="C") for key, value in table.items()} for name, table in tables.items()
     }
     ancestors = []
     if parent is not None:
@@ -252,9 +251,7 @@ def _is_ours(path: Path) -> bool:
     Its manifest names our format; or it has lost that, but holds nothing else and lies beside a previous
     checkpoint of ours, as after an interrupted move on a volume where a move is a copy.
     """
-    return _names_our_format(path) or (
-        _holds_only_our_files(path) and _names_our_format(_beside(path, "previous"))
-    )
+    return _names_our_format(path) or (_holds_only_our_files(path) and _names_our_format(_beside(path, "previous")))
 
 
 def _names_our_format(path: Path) -> bool:

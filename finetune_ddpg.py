@@ -317,9 +317,7 @@ def random_arrays(seed: int, obs_mean: np.ndarray, obs_scale: np.ndarray) -> dic
         actor.output.weight.mul_(0.01)
         actor.output.bias.zero_()
         for network in (actor, *critics):
-            folded = fold_normalizer(
-                network.input.weight.numpy().T, network.input.bias.numpy(), obs_mean, obs_scale
-            )
+            folded = fold_normalizer(network.input.weight.numpy().T, network.input.bias.numpy(), obs_mean, obs_scale)
             for parameter, value in zip((network.input.weight, network.input.bias), folded):
                 parameter.copy_(torch.from_numpy(value))
     return _named_arrays({"actor": actor, "critic": critics, "target_critic": critics})
@@ -475,9 +473,7 @@ class Run:
     def receive(self, action: np.ndarray) -> LaneStep:
         """Wait for the lanes and store what they bring."""
         after = self.lanes.receive()
-        raw = dense_terms(
-            Transition(self.reading, after.reading, after.obs, action, self.previous_action, after.fell)
-        )
+        raw = dense_terms(Transition(self.reading, after.reading, after.obs, action, self.previous_action, after.fell))
         dense = dense_reward(raw, self.config.weights)
         self.replay.add(
             obs=self.obs,

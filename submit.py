@@ -115,9 +115,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
         config.out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{config.out.name}.", dir=config.out.parent))
     except OSError as error:
-        raise UserError(
-            f"cannot write into {config.out.parent}: {error.strerror}; choose another --out"
-        ) from error
+        raise UserError(f"cannot write into {config.out.parent}: {error.strerror}; choose another --out") from error
     try:
         model = scripted(actor_from_checkpoint(checkpoint), config.hold)
         torch.jit.save(model, str(work / MODEL))
@@ -348,20 +346,19 @@ def _import_sdk() -> SimpleNamespace:
     """The parts of `sai_rl` used here, imported without its hook that prints local variables on a crash."""
     try:
         with mock.patch("rich.traceback.install"):
-            from sai_rl import SAIClient
-            from sai_rl.benchmark import run_benchmark
-            from sai_rl.env import make_env_factory
-            from sai_rl.error import SAIError
-            from sai_rl.model import ModelManager
-            from sai_rl.package import PackageControl
-            from sai_rl.types import EnvironmentType, PackageType, TaskType
+            from sai_rl import SAIClient  # noqa: F401
+            from sai_rl.benchmark import run_benchmark  # noqa: F401
+            from sai_rl.env import make_env_factory  # noqa: F401
+            from sai_rl.error import SAIError  # noqa: F401
+            from sai_rl.model import ModelManager  # noqa: F401
+            from sai_rl.package import PackageControl  # noqa: F401
+            from sai_rl.types import EnvironmentType, PackageType, TaskType  # noqa: F401
         return SimpleNamespace(**locals())
     except ImportError as error:
         raise UserError(f"cannot import the platform's SDK: {_one_line(error)}; install sai-rl") from error
     except OSError as error:
         raise UserError(
-            f"the platform's SDK cannot write its settings: {_one_line(error)}; "
-            "set HOME to a writable directory"
+            f"the platform's SDK cannot write its settings: {_one_line(error)}; set HOME to a writable directory"
         ) from error
 
 
@@ -422,8 +419,7 @@ def _check_same_package(out: Path, identity: dict[str, Any]) -> None:
         is_same = is_whole = False
     if not (is_same and is_whole):
         raise UserError(
-            f"{out} holds something else than this package: nothing was touched; "
-            "choose another --out, or move it away"
+            f"{out} holds something else than this package: nothing was touched; choose another --out, or move it away"
         )
 
 

@@ -4,11 +4,12 @@
     python train_mjx_sac.py --preset l4 --out runs/l4/pretrain --resume
 
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, holding the policy
-with the best evaluation score, next to it `<out>.resume` with the latest training state and `<out>.metrics.jsonl` with every log line's numbers.
+with the best evaluation score; next to it `<out>.resume` with the latest training state, and
+`<out>.metrics.jsonl` with every log line's numbers.
 
-Soft actor-critic after Haarnoja et al. 2018 (arXiv 1812.05905), with layer norm in the critics and
-the mean of both as target and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and mirrored transitions as
-augmentation. One step is one policy action (50 Hz) in one lane.
+Soft actor-critic after Haarnoja et al. 2018 (arXiv 1812.05905), with layer norm in the critics and the
+mean of both as target and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and
+mirrored transitions as augmentation. One step is one policy action (50 Hz) in one lane.
 """
 
 import functools
@@ -39,7 +40,7 @@ from envs.episode import Outcome, advance
 from envs.native_engine import NativeEngine
 from envs.pd import joint_target_rad
 from envs.randomization import level
-from envs.tasks import StartMix, Tasks, TaskState, View
+from envs.tasks import StartMix, Tasks, TaskState
 from errors import UserError
 from models import sac_networks as nets
 from preprocess.observation import OBS_SIZE
@@ -324,7 +325,12 @@ class NativeLoop:
         def after_physics(state, view, task_state, action, count):
             task_state, outcome = advance_lanes(view, task_state, action)
             obs = add_observation_noise(state, outcome.obs, jax.random.fold_in(key, count), noise)
-            return task_state, outcome._replace(obs=obs), iteration_sums(outcome, task_state), state.normalizer.update(obs)
+            return (
+                task_state,
+                outcome._replace(obs=obs),
+                iteration_sums(outcome, task_state),
+                state.normalizer.update(obs),
+            )
 
         @jax.jit
         def reset(count):
@@ -449,7 +455,9 @@ class MjxLoop:
             task_state, outcome = advance_lanes(engine.view(data, touched), loop.task_state, action)
             next_obs = add_observation_noise(state, outcome.obs, noise_key, noise)
             rows = Batch(loop.obs, action, outcome.reward, next_obs, outcome.terminated.astype(jnp.float32))
-            buffer = jax.tree.map(lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, loop.cursor, 0), loop.buffer, rows)
+            buffer = jax.tree.map(
+                lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, loop.cursor, 0), loop.buffer, rows
+            )
             filled = jnp.minimum(loop.filled + n, capacity)
             sums = iteration_sums(outcome, task_state)
             state = state._replace(normalizer=state.normalizer.update(next_obs))
@@ -519,9 +527,7 @@ class Evaluator:
         self._reset = jax.jit(jax.vmap(reset_lane))
         self._observe = jax.jit(jax.vmap(tasks.observe))
         self._act = jax.jit(lambda actor, normalizer, obs: nets.mean_action(actor, normalizer(obs)))
-        self._advance = jax.jit(
-            jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, c.EPISODE_ACTIONS))
-        )
+        self._advance = jax.jit(jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, c.EPISODE_ACTIONS)))
 
     def __call__(self, state: SacState) -> dict[str, float]:
         """Mean official score, success, fall rate and length per task, always on the same starts."""
@@ -614,7 +620,9 @@ def find_resume(config: Config, path: Path) -> checkpoints.Checkpoint | None:
         if exists:
             return checkpoints.load_latest(path, ("pretrained",))
         if (config.out / checkpoints.MANIFEST).exists():
-            raise UserError(f"{config.out} holds a policy but no state to resume from: move it away or name another --out")
+            raise UserError(
+                f"{config.out} holds a policy but no state to resume from: move it away or name another --out"
+            )
         print(f"{path} is not there: starting from the beginning", flush=True)
     checkpoints.check_output_dir(config.out)
     if exists or (config.out / checkpoints.MANIFEST).exists():
@@ -639,7 +647,9 @@ def main(config: Config) -> Path:
         best_score = saved.manifest["metrics"]["best_score"]
         best_score = -np.inf if best_score is None else best_score  # not finite is written as null
         if (config.out / checkpoints.MANIFEST).exists():  # may be newer than the state
-            best_score = max(best_score, checkpoints.load(config.out, ("pretrained",)).manifest["metrics"]["best_score"])
+            best_score = max(
+                best_score, checkpoints.load(config.out, ("pretrained",)).manifest["metrics"]["best_score"]
+            )
         if steps >= config.total_steps:
             print(f"{config.out} is finished already, at step {steps:,}\n{config.out}")
             return config.out
@@ -648,12 +658,22 @@ def main(config: Config) -> Path:
         state = warm_start(state, checkpoints.load(config.init, ("pretrained",)).arrays)
     loop = (NativeLoop if config.engine == "native" else MjxLoop)(config, sac, tasks)
     evaluator, statistics = Evaluator(config, tasks), Statistics()
-    print(f"{config.preset}: {config.engine} engine, {config.num_envs} lanes, {config.total_steps:,} steps, seed {config.seed}", flush=True)
+    print(
+        f"{config.preset}: {config.engine} engine, {config.num_envs} lanes, {config.total_steps:,} steps, seed {config.seed}",
+        flush=True,
+    )
 
     started = last_checkpoint_s = time.monotonic()
     first_step, last_log, last_eval, last_save = steps, steps, steps, steps
     metrics: dict = {}
-    bar = tqdm(total=config.total_steps, initial=steps, unit="step", unit_scale=True, mininterval=5, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        total=config.total_steps,
+        initial=steps,
+        unit="step",
+        unit_scale=True,
+        mininterval=5,
+        disable=not sys.stderr.isatty(),
+    )
     while True:
         collected = steps - first_step
         state, learned = loop.iterate(state, collected >= config.learning_starts, statistics)
@@ -677,10 +697,11 @@ def main(config: Config) -> Path:
             line = statistics.take() | {k: float(v) for k, v in metrics.items()}
             rate = (steps - first_step) / elapsed
             record(config.out, {"step": steps, "wall_s": elapsed, "steps_per_s": rate} | line)
+            scores = " ".join(f"{line[f'episode/score_{task}']:+.2f}" for task in c.TASKS)
+            successes = " ".join(f"{line[f'episode/success_{task}']:.2f}" for task in c.TASKS)
             tqdm.write(
                 f"{elapsed:6.0f}s {steps / 1e6:6.2f}M {rate:6.0f}/s len {line['episode/length']:5.1f} fall {line['episode/fall_rate']:.2f}"
-                f" score {' '.join('%+.2f' % line['episode/score_' + t] for t in c.TASKS)}"
-                f" success {' '.join('%.2f' % line['episode/success_' + t] for t in c.TASKS)}"
+                f" score {scores} success {successes}"
                 f" rew {line['reward/total']:+.3f} q {line.get('q', 0):+.2f} loss {line.get('critic_loss', 0):.3f}"
                 f" H {line.get('entropy', 0):+.1f} alpha {line.get('alpha', 0):.4f}"
             )

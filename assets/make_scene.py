@@ -71,7 +71,12 @@ def _collider(model: mujoco.MjModel, body: str) -> int:
 def _add_collider(parent: ET.Element, model: mujoco.MjModel, name: str) -> None:
     geom_id = _collider(model, name)
     kind = mujoco.mjtGeom(model.geom_type[geom_id])
-    attributes = {"name": name, "pos": _fmt(model.geom_pos[geom_id]), "quat": _fmt(model.geom_quat[geom_id]), "mass": "0"}
+    attributes = {
+        "name": name,
+        "pos": _fmt(model.geom_pos[geom_id]),
+        "quat": _fmt(model.geom_quat[geom_id]),
+        "mass": "0",
+    }
     size = model.geom_size[geom_id]
     if kind == mujoco.mjtGeom.mjGEOM_BOX:
         attributes |= {"type": "box", "size": _fmt(size)}
@@ -141,6 +146,7 @@ def _add_sensors(root: ET.Element) -> None:
     site("framequat", "imu_quat_wxyz", "imu")
     site("framepos", "ball_site_pos_w", "ball")
     site("framequat", "ball_quat_wxyz", "ball")
+
     def contacts(name: str, geom1: str, geom2: str) -> None:
         """Number of contacts; geom against geom, because MJX matches no bodies or subtrees."""
         ET.SubElement(sensor, "contact", {"name": name, "geom1": geom1, "geom2": geom2, "data": "found"})

@@ -382,9 +382,7 @@ def main(config: Config) -> bool:
         for job, report in executor.map(_run, jobs):
             reports[job.task, job.source].add(report)
             verdict = "UNEQUAL" if report.unequal else "equal"
-            print(
-                f"{job.task} {job.source} seeds {job.seeds[0]} to {job.seeds[-1]}: {verdict}", file=sys.stderr
-            )
+            print(f"{job.task} {job.source} seeds {job.seeds[0]} to {job.seeds[-1]}: {verdict}", file=sys.stderr)
     equal = all(report.equal for report in reports.values())
     print("\n".join(_table(reports)))
     print(f"\n{'equal' if equal else 'NOT equal'}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.tasks import TaskState, Tasks, View
+from envs.tasks import Tasks, TaskState, View
 from rewards.dense import DenseWeights, Transition, approach_distance_m, dense_reward, dense_terms, shot_value
 
 
@@ -59,5 +59,3 @@ def advance(
         dense_terms={name: heal(x) for name, x in raw.items()},
     )
     return after._replace(shot_value=heal(value), approach_distance_m=distance), outcome
-
-

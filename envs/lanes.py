@@ -312,9 +312,7 @@ class Lanes:
         Every lane is afterwards where it was.
         """
         share = len(self._lanes_of) // c.NUM_TASKS  # processes of a task, numbered p // 3
-        self._ask(
-            "validate", lambda lanes: [policy, seeds[lanes[0] // c.NUM_TASKS :: share], start_noise_rad]
-        )
+        self._ask("validate", lambda lanes: [policy, seeds[lanes[0] // c.NUM_TASKS :: share], start_noise_rad])
         results = [result for answer in self._answers() for result in answer]
         order = {(task, seed): i for i, (task, seed) in enumerate((t, s) for t in c.TASKS for s in seeds)}
         return sorted(results, key=lambda result: order[result.task, result.seed])

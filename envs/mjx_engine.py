@@ -23,7 +23,9 @@ class MjxEngine:
         if dr_level:
             randomizer, rng = Randomizer(native, dr_level), np.random.default_rng(seed)
             draws = [randomizer.draw(rng) for _ in range(num_envs)]
-            fields = {name: jnp.asarray(np.stack([getattr(d, name) for d in draws]), jnp.float32) for name in Physics._fields}
+            fields = {
+                name: jnp.asarray(np.stack([getattr(d, name) for d in draws]), jnp.float32) for name in Physics._fields
+            }
             self._model_axes = jax.tree.map(lambda _: None, self.model).tree_replace({name: 0 for name in fields})
             self.model = self.model.tree_replace(fields)
         self._address = addresses(native)

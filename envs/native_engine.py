@@ -32,7 +32,11 @@ class NativeEngine:
         self._joint_q = address.joint_q
         self._nq, self._nv = model.nq, model.nv
         self._ball_contact = np.concatenate(
-            [np.arange(s.start, s.stop) for name, s in sensor.items() if name.startswith("ball_") and name.endswith("_contacts")]
+            [
+                np.arange(s.start, s.stop)
+                for name, s in sensor.items()
+                if name.startswith("ball_") and name.endswith("_contacts")
+            ]
         )
         # Full physics state is time, qpos, qvel here: no activations, no plugins.
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)

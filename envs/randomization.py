@@ -15,7 +15,6 @@ import numpy as np
 from envs import constants as c
 from errors import UserError
 
-
 GROUND_GEOMS = ("sai_logo1", "sai_logo2", "pitch")
 _GROUND_FRICTION = 0.01
 

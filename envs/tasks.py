@@ -184,7 +184,10 @@ class Tasks:
         window = jnp.stack([jnp.array(-c.FIELD_HALF_LENGTH_M), slots[3], window_z])
         defender_z = c.DEFENDER_BODY_Z_M + c.DEFENDER_GEOM_Z_M
         defenders = jnp.stack(
-            [jnp.stack([-c.FIELD_HALF_LENGTH_M + 0.0 * slots[i], slots[i], defender_z + 0.0 * slots[i]]) for i in range(3)]
+            [
+                jnp.stack([-c.FIELD_HALF_LENGTH_M + 0.0 * slots[i], slots[i], defender_z + 0.0 * slots[i]])
+                for i in range(3)
+            ]
         )
         target = jnp.select(
             [task == c.OBSTACLE, is_target], [window, jnp.concatenate([target_xy, jnp.zeros(1)])], jnp.zeros(3)
@@ -283,7 +286,9 @@ class Tasks:
         goal &= (y >= -c.GOAL_HALF_WIDTH_M) & (y < c.GOAL_HALF_WIDTH_M) & (z < c.GOAL_HEIGHT_M)
         distance = jnp.linalg.norm(r.ball_site_pos_w - state.target_pos_w)
         return jnp.select(
-            [state.task == c.GOALIE, state.task == c.OBSTACLE], [goal, distance < c.WINDOW_RADIUS_M], distance < c.TARGET_RADIUS_M
+            [state.task == c.GOALIE, state.task == c.OBSTACLE],
+            [goal, distance < c.WINDOW_RADIUS_M],
+            distance < c.TARGET_RADIUS_M,
         )
 
     def out_of_field(self, r: Readings, state: TaskState, success: jax.Array) -> jax.Array:
@@ -315,7 +320,12 @@ class Tasks:
         by_defender = jnp.any(
             jnp.stack(
                 [
-                    touches(state.defender_pos_w[i, 1], c.DEFENDER_HALF_WIDTH_M, c.DEFENDER_HALF_THICKNESS_M, c.DEFENDER_TOP_Z_M)
+                    touches(
+                        state.defender_pos_w[i, 1],
+                        c.DEFENDER_HALF_WIDTH_M,
+                        c.DEFENDER_HALF_THICKNESS_M,
+                        c.DEFENDER_TOP_Z_M,
+                    )
                     for i in range(c.NUM_DEFENDERS)
                 ]
             )
@@ -351,7 +361,9 @@ class Tasks:
     def events(self, view: View, state: TaskState) -> "Events":
         """What ends the episode at this view."""
         r = self.read(view)
-        finite = jnp.all(jnp.isfinite(view.qpos)) & jnp.all(jnp.isfinite(view.qvel)) & jnp.all(jnp.isfinite(view.sensordata))
+        finite = (
+            jnp.all(jnp.isfinite(view.qpos)) & jnp.all(jnp.isfinite(view.qvel)) & jnp.all(jnp.isfinite(view.sensordata))
+        )
         success = self.success(r, state)
         return Events(
             fallen=r.imu_pos_w[2] <= c.FALL_HEIGHT_M,

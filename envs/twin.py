@@ -237,8 +237,7 @@ class TwinEnv:
             "task_index": self._source.env.task_index,
         }
         self._constant_info = {
-            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value)))
-            for key, value in same.items()
+            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value))) for key, value in same.items()
         }  # read-only views
         self.observation_space = base.observation_space  # of one lane
         self.action_space = base.action_space  # torque in N m, of one lane
@@ -267,9 +266,7 @@ class TwinEnv:
         chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
         seeds = list(seeds)
         if len(seeds) != len(chosen):
-            raise UserError(
-                f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset"
-            )
+            raise UserError(f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset")
         if not (np.isfinite(start_noise_rad) and start_noise_rad >= 0.0):
             raise UserError(f"start noise is {start_noise_rad}: give a standard deviation in rad, 0 or more")
         seeds = [_checked_seed(seed, lane) for seed, lane in zip(seeds, chosen, strict=True)]
@@ -361,8 +358,7 @@ class TwinEnv:
         action = np.asarray(action)
         if action.shape != (self.num_lanes, c.NUM_JOINTS):
             raise UserError(
-                f"{what} has shape {action.shape}, expected ({self.num_lanes}, {c.NUM_JOINTS}): "
-                "one row for each lane"
+                f"{what} has shape {action.shape}, expected ({self.num_lanes}, {c.NUM_JOINTS}): one row for each lane"
             )
         lanes = np.flatnonzero(self.alive)
         action = action[lanes]
@@ -408,9 +404,7 @@ class TwinEnv:
             truncated=self._truncated.copy(),
         )
 
-    def _simulate(
-        self, lanes: np.ndarray, torque_of: Callable, num_steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _simulate(self, lanes: np.ndarray, torque_of: Callable, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """States (num_steps, L, state) after and sensors (num_steps, L, nsensordata) of each physics step."""
         states = np.empty((num_steps, len(lanes), self._state.shape[1]))
         sensors = np.empty((num_steps, len(lanes), self._sensors.shape[1]))
@@ -427,9 +421,7 @@ class TwinEnv:
                 state = states[s, part].copy()
 
         num_parts = min(len(self._workers), len(lanes))
-        parts = [
-            slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)
-        ]
+        parts = [slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)]
         others = zip(self._workers[1:], parts[1:], strict=False)  # fewer parts than threads: few lanes left
         jobs = [self._pool.submit(play, worker, part) for worker, part in others]
         play(self._workers[0], parts[0])
@@ -561,9 +553,7 @@ class TwinEnv:
         info["target_xpos_rel_robot"] = self._target_pos_w - robot if has_target else np.zeros_like(robot)
         info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
         has_defenders = self.task == "obstacle"
-        info["defender_xpos"] = (
-            self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
-        )
+        info["defender_xpos"] = self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
         info["success"] = self._success(ball, self._target_pos_w)
         return info
 
@@ -633,9 +623,9 @@ class TwinEnv:
         for i, axis in enumerate("XYZ"):
             dof, turn = self._ball_v.start + i, read(f"twin:{_BALL}_{axis}")
             jacobian[:, i, dof] = 1.0
-            jacobian[:, :, dof + 3] = np.cross(
-                turn, read("twin:ball_com") - read("twin:ball_pos")
-            ) + np.cross(turn, read("twin:ball_centre") - read("twin:ball_com"))
+            jacobian[:, :, dof + 3] = np.cross(turn, read("twin:ball_com") - read("twin:ball_pos")) + np.cross(
+                turn, read("twin:ball_centre") - read("twin:ball_com")
+            )
         return _times_qvel(jacobian, self.qvel)
 
 

@@ -65,9 +65,7 @@ class TwinVectorEnv(VectorEnv):
         obs, info = self.twin.reset(seeds)
         return obs, _with_masks(info, np.ones(self.num_envs, dtype=bool))
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step the lanes that go on and reset those that ended on the step before."""
         ended = ~self.twin.alive
         if self.control == "torque":

@@ -124,17 +124,13 @@ def observe(joint_pos_rad, joint_vel_rad_s, info: dict, xp):
     # Defenders come as absolute positions. The robot's own follows from the goals, which lie opposite each
     # other about the origin; their mean loses less to float32 than one of them and its distance.
     robot_pos_w = -0.5 * (info["goal_team_0_rel_robot"] + info["goal_team_1_rel_robot"])
-    defenders = [
-        heading(info["defender_xpos"][..., 3 * i : 3 * i + 3] - robot_pos_w) for i in range(c.NUM_DEFENDERS)
-    ]
+    defenders = [heading(info["defender_xpos"][..., 3 * i : 3 * i + 3] - robot_pos_w) for i in range(c.NUM_DEFENDERS)]
     parts = {
         "joint_pos": joint_pos_rad,
         "joint_vel": joint_vel_rad_s,
         "projected_gravity_b": projected_gravity(quat_wxyz, xp),
         "gyro_b": info["robot_gyro"],
-        "accelerometer_b": xp.clip(
-            info["robot_accelerometer"], -ACCELEROMETER_LIMIT_MS2, ACCELEROMETER_LIMIT_MS2
-        ),
+        "accelerometer_b": xp.clip(info["robot_accelerometer"], -ACCELEROMETER_LIMIT_MS2, ACCELEROMETER_LIMIT_MS2),
         "velocimeter_b": info["robot_velocimeter"],
         "goal_attacked_rel_robot_h": attacked("goal_team_{}_rel_robot"),
         "goal_own_rel_robot_h": own("goal_team_{}_rel_robot"),

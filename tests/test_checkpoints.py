@@ -305,12 +305,8 @@ def test_nan_in_extra_arrays_is_not_written(tmp_path):
 
 
 def test_a_stage_has_its_own_arrays(copy, tmp_path):
-    assert "no 'pretrained' policy" in one_line(
-        save, tmp_path / "new", stage="pretrained", arrays=network("converted")
-    )
-    assert "no 'finetuned' policy" in one_line(
-        save, tmp_path / "new", stage="finetuned", arrays=network("pretrained")
-    )
+    assert "no 'pretrained' policy" in one_line(save, tmp_path / "new", stage="pretrained", arrays=network("converted"))
+    assert "no 'finetuned' policy" in one_line(save, tmp_path / "new", stage="finetuned", arrays=network("pretrained"))
     seal(copy, stage="pretrained")
     assert "no 'pretrained' policy" in one_line(checkpoints.load, copy, verify=False)
 

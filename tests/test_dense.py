@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from envs import constants as c
-from envs.tasks import Events, Readings, StartMix, TaskState, Tasks
+from envs.tasks import Events, Readings, StartMix, Tasks, TaskState
 from rewards import dense
 
 
@@ -41,7 +41,9 @@ def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0),
     none = jnp.array(False)
     events = Events(none, none, none, none, none)._replace(**(events or {}))
     action = jnp.zeros(12) if action is None else jnp.asarray(action)
-    return dense.Transition(_readings(**readings), state, state, events, action, jnp.array(shot[1]), jnp.array(distance[1]))
+    return dense.Transition(
+        _readings(**readings), state, state, events, action, jnp.array(shot[1]), jnp.array(distance[1])
+    )
 
 
 def test_every_term_has_a_weight_and_the_sum_is_weighted(tasks):

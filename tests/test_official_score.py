@@ -52,9 +52,7 @@ class TestPenaltyKicks:
 
     def test_fall_two_metres_from_the_ball_untouched(self, task):
         # tanh(2) = 0.964027580: 0.25 * 0.035972420 - 1.5 - 1
-        assert score(task, robot_fallen=True, robot_distance_ball=1 - math.tanh(2.0)) == pytest.approx(
-            -2.491006895
-        )
+        assert score(task, robot_fallen=True, robot_distance_ball=1 - math.tanh(2.0)) == pytest.approx(-2.491006895)
 
     def test_touch_before_a_fall(self, task):
         # 0.375 - 1.5 - 1

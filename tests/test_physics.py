@@ -75,7 +75,9 @@ def test_pd_actuators_equal_explicit_torque():
     motor, pd_layer = scene.load_native_motor_model(), scene.load_native_model()
     address = scene.addresses(motor)
     targets = _targets(0, 50)
-    np.testing.assert_allclose(_run_pd_layer(pd_layer, address, targets), _run_motors(motor, address, targets), atol=1e-10)
+    np.testing.assert_allclose(
+        _run_pd_layer(pd_layer, address, targets), _run_motors(motor, address, targets), atol=1e-10
+    )
 
 
 def test_position_actuators_under_implicitfast_would_differ():
@@ -99,7 +101,9 @@ def test_our_scene_follows_the_official_model(official_envs):
         b = _run_pd_layer(ours, scene.addresses(ours), targets)
         errors.append(np.linalg.norm(a - b, axis=1))
     errors = np.array(errors)
-    print(f"\nbase error: max {errors[:, 124].max() * 1e3:.4f} mm at 250 ms, {errors[:, 499].max() * 1e3:.3f} mm at 1 s")
+    print(
+        f"\nbase error: max {errors[:, 124].max() * 1e3:.4f} mm at 250 ms, {errors[:, 499].max() * 1e3:.3f} mm at 1 s"
+    )
     assert errors[:, 124].max() < 1e-3
     assert errors[:, 499].max() < 5e-3
 
@@ -130,5 +134,7 @@ def test_mjx_follows_native():
     path = np.array(path)
     np.testing.assert_array_equal(path[:, 0], path[:, 1])
     error = np.linalg.norm(path[:, 0] - native[c.PHYSICS_STEPS_PER_ACTION - 1 :: c.PHYSICS_STEPS_PER_ACTION], axis=1)
-    print(f"\nMJX against native: {error[4] * 1e3:.3f} mm at 100 ms, {error[12] * 1e3:.3f} mm at 260 ms, {error[24] * 1e3:.2f} mm at 500 ms")
+    print(
+        f"\nMJX against native: {error[4] * 1e3:.3f} mm at 100 ms, {error[12] * 1e3:.3f} mm at 260 ms, {error[24] * 1e3:.2f} mm at 500 ms"
+    )
     assert error.max() < 2e-2

@@ -90,6 +90,22 @@ def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):
     assert checkpoints.load_latest(tmp_path / "pretrain.resume").manifest["steps"] == 600
 
 
+def test_episodes_run_to_their_full_length(tmp_path):
+    """After each lane's first episode, cut to stagger the lanes, episodes last `max_actions`."""
+    config = train.resolve(_config(tmp_path, num_envs=16, max_actions=12, engine="native"))
+    sac = train.Sac(config)
+    loop = train.NativeLoop(config, sac, train.Tasks())
+    state, statistics = sac.init(jax.random.key(0)), train.Statistics()
+    for _ in range(config.max_actions):
+        state, _ = loop.iterate(state, False, statistics)
+    statistics.take()
+    for _ in range(2 * config.max_actions):
+        state, _ = loop.iterate(state, False, statistics)
+    loop.close()
+    # Nobody falls in 0.24 s, so every episode is cut by time.
+    assert statistics.take()["episode/length"] == config.max_actions
+
+
 def test_same_seed_same_result(tmp_path):
     arrays = []
     for name in ("a", "b"):
@@ -106,7 +122,8 @@ def test_mjx_run_on_cpu(tmp_path):
     assert all(np.isfinite(value).all() for value in checkpoint.arrays.values())
 
 
-@pytest.mark.parametrize("bad, words", [({"preset": "huge"}, "huge"), ({"dr_level": 7}, "dr-level 7"), ({"num_envs": 0}, "num-envs")])
+@pytest.mark.parametrize("bad, words", [({"preset": "huge"}, "huge"), ({"dr_level": 7}, "dr-level 7"), ({"num_envs": 0}, "num-envs"),
+                                         ({"seed": -1}, "seed"), ({"buffer_size": 4}, "buffer-size")])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, bad, words):
     with pytest.raises(UserError, match=words):
         train.main(_config(tmp_path, **bad))

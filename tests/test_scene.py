@@ -30,7 +30,9 @@ def test_bodies_equal_the_official(official, ours):
     for name, official_name in [(n.removeprefix(ROBOT_PREFIX), n) for n in names] + [("soccer_ball", "soccer_ball")]:
         a, b = ours.body(name), official.body(official_name)
         for field in ("mass", "inertia", "ipos"):
-            np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}")
+            np.testing.assert_allclose(
+                getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}"
+            )
         assert abs(abs(np.dot(a.iquat, b.iquat)) - 1) < 1e-9
         if name not in ("Trunk", "soccer_ball"):  # those two hang on free joints
             np.testing.assert_allclose(a.pos, b.pos, atol=1e-12)
@@ -41,7 +43,9 @@ def test_joints_and_motors_equal_the_official(official, ours):
     for name in c.JOINT_NAMES:
         a, b = ours.joint(name), official.joint(ROBOT_PREFIX + name)
         for field in ("range", "axis", "damping", "armature", "frictionloss", "stiffness"):
-            np.testing.assert_allclose(getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}")
+            np.testing.assert_allclose(
+                getattr(a, field), getattr(b, field), rtol=1e-9, atol=1e-12, err_msg=f"{name}.{field}"
+            )
         a, b = ours.actuator(name), official.actuator(ROBOT_PREFIX + name)
         for field in ("ctrlrange", "gear", "gainprm", "biasprm"):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=f"{name}.{field}")

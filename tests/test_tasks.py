@@ -146,7 +146,9 @@ def test_info_equals_the_official_after_forward(official_envs, tasks, task):
                 ours_abs = ours[key] - (ours[goal_key] if "xpos" in key and task == "goalie" else 0)
                 theirs = stepped[key] - (stepped[goal_key] if "xpos" in key and task == "goalie" else 0)
                 np.testing.assert_allclose(ours_abs, theirs, atol=1e-6, err_msg=key)
-            accelerometer_error = max(accelerometer_error, np.abs(ours["robot_accelerometer"] - official["robot_accelerometer"]).max())
+            accelerometer_error = max(
+                accelerometer_error, np.abs(ours["robot_accelerometer"] - official["robot_accelerometer"]).max()
+            )
             states += 1
     print(f"\n{task}: {states} states, accelerometer error up to {accelerometer_error:.2g} m/s^2")
     assert states >= 100
@@ -187,7 +189,9 @@ def test_official_starts(official_envs, tasks, task):
     for seed in range(150):
         env.reset(seed=seed)
         address = scene.official_addresses(env.sim.model._model)
-        official.append(np.concatenate([env.sim.data._data.qpos[address.root_q], env.sim.data._data.qpos[address.ball_q]]))
+        official.append(
+            np.concatenate([env.sim.data._data.qpos[address.root_q], env.sim.data._data.qpos[address.ball_q]])
+        )
     share = np.eye(3)[c.TASKS.index(task)]
     mix = StartMix(task_share=tuple(share), official_pose=1.0, official_place=1.0, joint_noise_rad=0.0)
     qpos, qvel, state = jax.vmap(lambda k: tasks.reset(k, mix))(jax.random.split(jax.random.key(0), 400))
