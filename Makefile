@@ -34,11 +34,10 @@ scene: setup
 score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --episodes 10 --start-noise 0.02
 
-# The same pins as wheels for the cloud runtime's Python 3.12 (downloads nothing but metadata).
+# The same pins for the cloud runtime's Python 3.12: everything resolves to wheels but moviepy, pure Python.
 check-pins: setup
-	$(BIN)/python -m pip install --dry-run --quiet --ignore-installed --python-version 3.12 --only-binary=:all: \
-		--target $(VENV)/py312 -c constraints.txt mujoco mujoco-mjx sai-mujoco sai-rl jax flax optax numpy safetensors \
-		tyro tqdm rich matplotlib torch
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \
+		--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary moviepy --no-header --no-annotate
 
 clean:
 	rm -rf $(VENV) runs
