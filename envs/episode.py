@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.tasks import Tasks, TaskState, View
-from rewards.dense import DenseWeights, Transition, approach_distance_m, dense_reward, dense_terms, shot_value
+from rewards.dense import DenseWeights, Transition, dense_reward, dense_terms, shot_value
 
 
 class Outcome(NamedTuple):
@@ -30,8 +30,8 @@ def advance(
     after = tasks.count_touch(view, before, action)
     r = tasks.read(view)
     events = tasks.events(view, after)
-    value, distance = shot_value(r, after), approach_distance_m(r, after)
-    raw = dense_terms(Transition(r, before, after, events, action, value, distance))
+    value = shot_value(r, after)
+    raw = dense_terms(Transition(r, before, after, events, action, value))
     reward = dense_reward(raw, weights)
     official = tasks.official_terms(r, after, events)
     terminated = events.terminated
@@ -58,4 +58,4 @@ def advance(
         score=heal(outcome.score),
         dense_terms={name: heal(x) for name, x in raw.items()},
     )
-    return after._replace(shot_value=heal(value), approach_distance_m=distance), outcome
+    return after._replace(shot_value=heal(value)), outcome

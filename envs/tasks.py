@@ -41,7 +41,6 @@ class TaskState(NamedTuple):
     hits: jax.Array  # () int32 separate contacts with the ball
     in_contact: jax.Array  # () bool
     shot_value: jax.Array  # () potential of the ball's motion before this action (rewards/dense.py)
-    approach_distance_m: jax.Array  # () distance to the approach point before this action
 
 
 class Readings(NamedTuple):
@@ -213,7 +212,6 @@ class Tasks:
             hits=jnp.int32(0),
             in_contact=jnp.array(False),
             shot_value=jnp.array(0.0),
-            approach_distance_m=jnp.array(jnp.nan),  # unknown until the first action ends
         )
         return qpos, jnp.zeros(self.nv), state
 

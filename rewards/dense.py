@@ -45,7 +45,6 @@ class Transition(NamedTuple):
     events: Events
     action: jax.Array  # (12,)
     shot_value: jax.Array  # () value of the ball's motion now
-    approach_distance_m: jax.Array  # () now
 
 
 def _soft(margin_m: jax.Array, width_m: float) -> jax.Array:
@@ -112,11 +111,10 @@ def shot_value(r: Readings, state: TaskState) -> jax.Array:
     return jnp.where(state.task == c.TARGET, target_shot_value(r, state), penalty_shot_value(r, state))
 
 
-def approach_distance_m(r: Readings, state: TaskState) -> jax.Array:
+def approach_distance_m(robot_xy_w: jax.Array, ball_xy_w: jax.Array, aim_xy_w: jax.Array) -> jax.Array:
     """Distance to the ball plus a detour for standing on its wrong side (0.6 m for every 90 degrees)."""
-    to_ball = (r.ball_center_pos_w - r.imu_pos_w)[:2]
+    to_ball, to_aim = ball_xy_w - robot_xy_w, aim_xy_w - ball_xy_w
     distance = jnp.sqrt(jnp.sum(to_ball**2) + 1e-8)
-    to_aim = (aim_point_w(state) - r.ball_center_pos_w)[:2]
     cosine = jnp.dot(to_ball, to_aim) / (distance * jnp.sqrt(jnp.sum(to_aim**2) + 1e-8))
     return distance + 0.6 * (1.0 - cosine)
 
@@ -126,10 +124,19 @@ def _shot(t: Transition) -> jax.Array:
 
 
 def _approach(t: Transition) -> jax.Array:
-    """Speed toward the kicking position in m/s, clipped at 1; half of that once a good shot is on its way."""
-    progress = jnp.clip((t.before.approach_distance_m - t.approach_distance_m) / c.ACTION_DT_S, -1.0, 1.0)
-    progress = jnp.where(jnp.isnan(t.before.approach_distance_m), 0.0, progress)
-    return jnp.where(t.shot_value > 1.0, 0.5, progress)
+    """Speed toward the kicking position in m/s, clipped at 1; half of that once a good shot is on its way.
+
+    The robot's own speed: a ball that rolls away must not cost anything, or no first touch is ever dared
+    (docs/experiments.md, e1).
+    """
+    r = t.readings
+    ball_xy_w, aim_xy_w = r.ball_center_pos_w[:2], aim_point_w(t.after)[:2]
+    _, rate = jax.jvp(
+        lambda robot_xy_w: approach_distance_m(robot_xy_w, ball_xy_w, aim_xy_w),
+        (r.imu_pos_w[:2],),
+        (r.robot_vel_w[:2],),
+    )
+    return jnp.where(t.shot_value > 1.0, 0.5, jnp.clip(-rate, -1.0, 1.0))
 
 
 def _face_ball(t: Transition) -> jax.Array:

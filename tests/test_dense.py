@@ -21,11 +21,12 @@ def _state(tasks: Tasks, task: str, **changes) -> TaskState:
     return state._replace(**{k: jnp.asarray(v) for k, v in changes.items()})
 
 
-def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=0.0) -> Readings:
+def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=0.0, robot_vel=(0.0, 0.0)) -> Readings:
     zeros = {name: jnp.zeros(3) for name in Readings._fields}
     zeros |= {"joint_pos": jnp.asarray(c.DEFAULT_POSE_RAD), "joint_vel": jnp.zeros(12)}
     zeros |= {
         "imu_pos_w": jnp.array([*robot, 0.65]),
+        "robot_vel_w": jnp.array([*robot_vel, 0.0]),
         "imu_quat_wxyz": jnp.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]),
         "ball_center_pos_w": jnp.array([*ball, c.BALL_RADIUS_M]),
         "ball_center_vel_w": jnp.asarray(ball_vel, jnp.float32),
@@ -36,14 +37,13 @@ def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=
     return Readings(**zeros)
 
 
-def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0), distance=(2.0, 2.0), **readings):
-    state = _state(tasks, task, shot_value=shot[0], approach_distance_m=distance[0])
+def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0), target=None, **readings):
+    state = _state(tasks, task, shot_value=shot[0])
+    state = state if target is None else state._replace(target_pos_w=jnp.asarray(target))
     none = jnp.array(False)
     events = Events(none, none, none, none, none)._replace(**(events or {}))
     action = jnp.zeros(12) if action is None else jnp.asarray(action)
-    return dense.Transition(
-        _readings(**readings), state, state, events, action, jnp.array(shot[1]), jnp.array(distance[1])
-    )
+    return dense.Transition(_readings(**readings), state, state, events, action, jnp.array(shot[1]))
 
 
 def test_every_term_has_a_weight_and_the_sum_is_weighted(tasks):
@@ -57,14 +57,20 @@ def test_shot_is_the_change_of_value(tasks):
     assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
 
 
-def test_approach_is_speed_clipped_then_constant_after_a_shot(tasks):
-    def approach(before, after, value=0.0):
-        return float(dense.dense_terms(_transition(tasks, distance=(before, after), shot=(value, value)))["approach"])
+def test_approach_is_own_speed_clipped_then_constant_after_a_shot(tasks):
+    def approach(value=0.0, **readings):
+        t = _transition(tasks, "target", shot=(0.0, value), target=[4.0, 0.0, 0.0], **readings)
+        return float(dense.dense_terms(t)["approach"])
 
-    assert approach(2.0, 1.99) == pytest.approx(0.5, abs=1e-4)  # 10 mm in 20 ms
-    assert approach(2.0, 1.9) == 1.0 and approach(1.9, 2.0) == -1.0
-    assert approach(2.0, 2.1, value=1.1) == 0.5
-    assert approach(np.nan, 2.0) == 0.0  # first action
+    assert approach(robot_vel=(0.5, 0.0)) == pytest.approx(0.5, abs=1e-4)
+    assert approach(robot_vel=(1.5, 0.0)) == 1.0 and approach(robot_vel=(-1.5, 0.0)) == -1.0
+    assert approach(robot_vel=(0.0, 0.0), ball_vel=(2.0, 0.0, 0.0)) == 0.0  # a ball that rolls away costs nothing
+    assert approach(value=1.1, robot_vel=(-1.0, 0.0)) == 0.5
+    # Between ball and target, 1 m from the ball: circling at 0.3 m/s turns the cosine by 0 there, at a right
+    # angle by 0.3 rad/s, worth 0.18 m/s of detour.
+    assert approach(robot=(1.0, 0.0), robot_vel=(0.0, 0.3)) == pytest.approx(0.0, abs=1e-4)
+    assert approach(robot=(0.0, 1.0), robot_vel=(-0.3, 0.0)) == pytest.approx(0.18, abs=1e-3)
+    assert approach(robot=(0.0, 1.0), robot_vel=(0.3, 0.0)) == pytest.approx(-0.18, abs=1e-3)
 
 
 def test_posture_terms_by_hand(tasks):
@@ -96,29 +102,40 @@ def test_target_value_rewards_direction(tasks):
 
 
 def test_goalie_value_rewards_speed_and_the_free_side(tasks):
-    """At 3 s after the start the keeper is at y = sin(2 pi 0.3 3) = -0.59 m: the left side is free."""
-    state = _state(tasks, "goalie", action_count=100)  # 2 s; the ball needs 1 s
+    """At 2.5 s after the start the keeper is at y = sin(2 pi 0.3 2.5) = -1.0 m: the middle and the left are free."""
+    state = _state(tasks, "goalie", action_count=100)  # 2 s; the ball needs 0.5 s
 
     def value(velocity):
         return float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=(*velocity, 0.0)), state))
 
-    toward = 10.97 - 8.77 - c.BALL_RADIUS_M
-    keeper_y = np.sin(2 * np.pi * 0.3 * 3.0)
-    assert value((-toward, 1.0)) - 1.5 * toward == pytest.approx(2.5, abs=0.15)  # past the keeper
-    assert value((-toward, keeper_y)) - 1.5 * toward == pytest.approx(-0.5, abs=0.1)  # into its hands
-    assert value((-toward, 3.0)) - 1.5 * toward == pytest.approx(-3.0, abs=0.1)  # wide
-    assert value((-2 * toward, 3.0)) > value((-toward, 3.0))
+    toward = 2 * (10.97 - 8.77 - c.BALL_RADIUS_M)  # above the 3.3 m/s at which the end counts in full
+    assert value((-toward, 0.5)) - 1.5 * toward == pytest.approx(2.5, abs=0.15)  # past the keeper
+    assert value((-toward, -2.0)) - 1.5 * toward == pytest.approx(-0.5, abs=0.1)  # into its hands
+    assert value((-toward, 6.0)) - 1.5 * toward == pytest.approx(-3.0, abs=0.1)  # wide
+    assert value((-2 * toward, 6.0)) > value((-toward, 6.0))
+
+
+def test_a_weak_kick_is_never_worse_than_none(tasks):
+    """Straight at the raised window a rolling ball ends at -3, yet any faster ball is worth more."""
+    state = _state(tasks, "obstacle", target_pos_w=[-c.FIELD_HALF_LENGTH_M, 0.0, 1.2])
+    state = state._replace(defender_pos_w=state.defender_pos_w.at[:, 1].set(jnp.asarray([-1.5, 1.5, 1.5])))
+    values = [
+        float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=(-speed, 0.0, 0.0)), state))
+        for speed in np.arange(0.0, 5.0, 0.25)
+    ]
+    assert np.all(np.diff(values) > 0)
 
 
 def test_obstacle_value_prefers_a_defender_to_the_gap_for_a_rolling_ball(tasks):
     state = _state(tasks, "obstacle")
-    toward = 10.97 - 8.77 - c.BALL_RADIUS_M
+    toward = 2 * (10.97 - 8.77 - c.BALL_RADIUS_M)  # 0.5 s
 
     def value(y, vz=0.0):
-        return float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=(-toward, y, vz)), state)) - 1.5 * toward
+        velocity = (-toward, 2 * y, vz)
+        return float(dense.shot_value(_readings(ball=(-8.77, 0.0), ball_vel=velocity), state)) - 1.5 * toward
 
     defender_y, window = float(state.defender_pos_w[0, 1]), np.asarray(state.target_pos_w)
     assert value(defender_y) == pytest.approx(-0.5, abs=0.2)
     assert value(float(window[1])) < -2.0
-    rise = window[2] - c.BALL_RADIUS_M + 0.5 * 9.81  # vertical speed that reaches the window after 1 s
+    rise = 2 * (window[2] - c.BALL_RADIUS_M) + 0.25 * 9.81  # vertical speed that reaches the window after 0.5 s
     assert value(float(window[1]), rise) == pytest.approx(2.5, abs=0.05)

@@ -94,7 +94,6 @@ class OfficialSide:
             hits=jnp.int32(0),
             in_contact=jnp.array(False),
             shot_value=jnp.array(0.0),
-            approach_distance_m=jnp.array(0.0),
         )
 
 
