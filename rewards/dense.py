@@ -24,7 +24,7 @@ class DenseWeights:
     """Weight of each term; the names are the terms'."""
 
     shot: float = 1.5  # per point of expected official score gained
-    approach: float = 0.2  # per action at 1 m/s toward the kicking position
+    approach: float = 0.15  # per action at 1 m/s toward the kicking position
     face_ball: float = 0.03  # per action, cosine
     alive: float = 0.05
     tilt: float = -0.2  # squared horizontal part of gravity in the body
@@ -33,6 +33,7 @@ class DenseWeights:
     action_rate: float = -0.005  # sum of squared action differences
     joint_vel: float = -0.00001  # sum of squared joint velocities
     fallen: float = -3.0  # once
+    ball_done: float = 6.0  # once, at any end but a fall: what standing on would have earned
     success: float = 1.0  # once
 
 
@@ -123,11 +124,15 @@ def _shot(t: Transition) -> jax.Array:
     return t.shot_value - t.before.shot_value
 
 
-def _approach(t: Transition) -> jax.Array:
-    """Speed toward the kicking position in m/s, clipped at 1; half of that once a good shot is on its way.
+def _ball_rolls(r: Readings) -> jax.Array:
+    return jnp.sum(r.ball_center_vel_w**2) > 0.3**2  # m/s
 
-    The robot's own speed: a ball that rolls away must not cost anything, or no first touch is ever dared
-    (docs/experiments.md, e1).
+
+def _approach(t: Transition) -> jax.Array:
+    """Speed toward the kicking position in m/s, clipped at 1; 0.5 while the ball rolls.
+
+    A ball that rolls away must not cost anything, or no first touch is ever dared (docs/experiments.md, e1);
+    nor may following it pay more than the shot (e2).
     """
     r = t.readings
     ball_xy_w, aim_xy_w = r.ball_center_pos_w[:2], aim_point_w(t.after)[:2]
@@ -136,13 +141,13 @@ def _approach(t: Transition) -> jax.Array:
         (r.imu_pos_w[:2],),
         (r.robot_vel_w[:2],),
     )
-    return jnp.where(t.shot_value > 1.0, 0.5, jnp.clip(-rate, -1.0, 1.0))
+    return jnp.where(_ball_rolls(r), 0.5, jnp.clip(-rate, -1.0, 1.0))
 
 
 def _face_ball(t: Transition) -> jax.Array:
     to_ball = (t.readings.ball_center_pos_w - t.readings.imu_pos_w)[:2]
     bearing = jnp.arctan2(to_ball[1], to_ball[0]) - yaw_rad(t.readings.imu_quat_wxyz, jnp)
-    return jnp.where(t.shot_value > 1.0, 0.5, jnp.cos(bearing))
+    return jnp.where(_ball_rolls(t.readings), 0.5, jnp.cos(bearing))
 
 
 def _alive(t: Transition) -> jax.Array:
@@ -174,6 +179,10 @@ def _fallen(t: Transition) -> jax.Array:
     return t.events.fallen | t.events.diverged
 
 
+def _ball_done(t: Transition) -> jax.Array:
+    return t.events.terminated & ~_fallen(t)
+
+
 def _success(t: Transition) -> jax.Array:
     return t.events.success
 
@@ -189,6 +198,7 @@ TERMS = {
     "action_rate": _action_rate,
     "joint_vel": _joint_vel,
     "fallen": _fallen,
+    "ball_done": _ball_done,
     "success": _success,
 }
 assert set(TERMS) == {field.name for field in fields(DenseWeights)}

@@ -57,15 +57,15 @@ def test_shot_is_the_change_of_value(tasks):
     assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
 
 
-def test_approach_is_own_speed_clipped_then_constant_after_a_shot(tasks):
-    def approach(value=0.0, **readings):
-        t = _transition(tasks, "target", shot=(0.0, value), target=[4.0, 0.0, 0.0], **readings)
+def test_approach_is_own_speed_clipped_then_constant_while_the_ball_rolls(tasks):
+    def approach(**readings):
+        t = _transition(tasks, "target", target=[4.0, 0.0, 0.0], **readings)
         return float(dense.dense_terms(t)["approach"])
 
     assert approach(robot_vel=(0.5, 0.0)) == pytest.approx(0.5, abs=1e-4)
     assert approach(robot_vel=(1.5, 0.0)) == 1.0 and approach(robot_vel=(-1.5, 0.0)) == -1.0
-    assert approach(robot_vel=(0.0, 0.0), ball_vel=(2.0, 0.0, 0.0)) == 0.0  # a ball that rolls away costs nothing
-    assert approach(value=1.1, robot_vel=(-1.0, 0.0)) == 0.5
+    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0)) == 0.5
+    assert approach(robot_vel=(0.0, 0.0), ball_vel=(0.29, 0.0, 0.0)) == 0.0
     # Between ball and target, 1 m from the ball: circling at 0.3 m/s turns the cosine by 0 there, at a right
     # angle by 0.3 rad/s, worth 0.18 m/s of detour.
     assert approach(robot=(1.0, 0.0), robot_vel=(0.0, 0.3)) == pytest.approx(0.0, abs=1e-4)
@@ -80,6 +80,16 @@ def test_posture_terms_by_hand(tasks):
     assert terms["action_rate"] == pytest.approx(12 * 0.01)
     torque = c.KP_NM_PER_RAD * 0.1 * c.ACTION_SCALE_RAD / c.TORQUE_LIMIT_NM
     assert terms["torque"] == pytest.approx(np.sum(torque**2), rel=1e-5)
+
+
+def test_every_end_but_a_fall_is_ball_done(tasks):
+    def ball_done(**events):
+        t = _transition(tasks, events={name: jnp.array(value) for name, value in events.items()})
+        return float(dense.dense_terms(t)["ball_done"])
+
+    assert ball_done() == 0.0
+    assert ball_done(success=True) == ball_done(out_of_field=True) == ball_done(blocked=True) == 1.0
+    assert ball_done(fallen=True) == ball_done(diverged=True) == ball_done(fallen=True, success=True) == 0.0
 
 
 def test_facing(tasks):
