@@ -57,20 +57,21 @@ def test_shot_is_the_change_of_value(tasks):
     assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
 
 
-def test_approach_is_own_speed_clipped_then_constant_while_the_ball_rolls(tasks):
+def test_approach_is_own_speed_clipped_then_constant_while_a_shot_is_under_way(tasks):
     def approach(**readings):
         t = _transition(tasks, "target", target=[4.0, 0.0, 0.0], **readings)
         return float(dense.dense_terms(t)["approach"])
 
     assert approach(robot_vel=(0.5, 0.0)) == pytest.approx(0.5, abs=1e-4)
     assert approach(robot_vel=(1.5, 0.0)) == 1.0 and approach(robot_vel=(-1.5, 0.0)) == -1.0
-    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0)) == 0.5
+    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.5
+    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0), shot=(0.0, -0.1)) == -1.0
     assert approach(robot_vel=(0.0, 0.0), ball_vel=(0.29, 0.0, 0.0)) == 0.0
     # Between ball and target, 1 m from the ball: circling at 0.3 m/s turns the cosine by 0 there, at a right
-    # angle by 0.3 rad/s, worth 0.18 m/s of detour.
+    # angle by 0.3 rad/s, worth 0.36 m/s of detour.
     assert approach(robot=(1.0, 0.0), robot_vel=(0.0, 0.3)) == pytest.approx(0.0, abs=1e-4)
-    assert approach(robot=(0.0, 1.0), robot_vel=(-0.3, 0.0)) == pytest.approx(0.18, abs=1e-3)
-    assert approach(robot=(0.0, 1.0), robot_vel=(0.3, 0.0)) == pytest.approx(-0.18, abs=1e-3)
+    assert approach(robot=(0.0, 1.0), robot_vel=(-0.3, 0.0)) == pytest.approx(0.36, abs=1e-3)
+    assert approach(robot=(0.0, 1.0), robot_vel=(0.3, 0.0)) == pytest.approx(-0.36, abs=1e-3)
 
 
 def test_posture_terms_by_hand(tasks):
@@ -82,13 +83,14 @@ def test_posture_terms_by_hand(tasks):
     assert terms["torque"] == pytest.approx(np.sum(torque**2), rel=1e-5)
 
 
-def test_every_end_but_a_fall_is_ball_done(tasks):
-    def ball_done(**events):
-        t = _transition(tasks, events={name: jnp.array(value) for name, value in events.items()})
+def test_ball_done_is_an_end_without_a_fall_or_a_lost_ball(tasks):
+    def ball_done(task="goalie", **events):
+        t = _transition(tasks, task, events={name: jnp.array(value) for name, value in events.items()})
         return float(dense.dense_terms(t)["ball_done"])
 
     assert ball_done() == 0.0
     assert ball_done(success=True) == ball_done(out_of_field=True) == ball_done(blocked=True) == 1.0
+    assert ball_done("target", out_of_field=True) == 0.0 and ball_done("target", success=True) == 1.0
     assert ball_done(fallen=True) == ball_done(diverged=True) == ball_done(fallen=True, success=True) == 0.0
 
 
@@ -108,7 +110,7 @@ def test_target_value_rewards_direction(tasks):
     assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7), abs=0.05)
     by_angle = [value((1.2 * np.cos(a), 1.2 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
     assert by_angle == sorted(by_angle, reverse=True) and len(set(by_angle)) == 4
-    assert value((-1.2, 0)) == pytest.approx(-3 * 0.7 * 0.6, abs=0.05)
+    assert value((-1.2, 0)) == pytest.approx(-3 * 0.6, abs=0.05)
 
 
 def test_goalie_value_rewards_speed_and_the_free_side(tasks):
