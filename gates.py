@@ -1,26 +1,27 @@
 """The verification gates between pre-training and fine-tuning: measured numbers, each with its limits.
 
-    python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0]
+    python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0] [--backend twin|official]
 
-Input: a "pretrained" checkpoint and the "converted" one made from it. Output: a table, one line on stderr for
+Input: a "pretrained" checkpoint and the "converted" one made from it. Output: tables, one line on stderr for
 every check that fails, and with `--json` a file that holds all the numbers. Exit status 1 if a check fails.
 
 Gate 1: the observation is the same in JAX, in NumPy and in the class that is submitted, on states of the
 official environments, those of turned and tilted robots too; and turning the robot proves that its
 quaternion is read in the right order. Gate 2: the JAX actor and the converted PyTorch actor give the same
 actions, log_std lies in its range before clipping, and from the same starts the converted policy acts at
-every observation as the pre-trained one would, and scores like it.
+every observation as the pre-trained one would, and scores like it. Gate 3: the converted policy does in the
+official environment what the pre-trained one does in the pre-training scene, from the same starts: length of
+the episode, falls, distance walked, touches and score, per task.
 """
 
 import functools
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # JAX, PyTorch and the SDK are imported where they are used: worker processes load this module too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
@@ -28,6 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only i
 import mujoco
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,9 +38,9 @@ import errors
 from checkpoints import Checkpoint
 from envs import constants as c
 from envs import official, pd, scene
-from envs.official import Policy, TaskIndex
+from envs.official import Episode, EpisodeResult, Policy, TaskIndex
 from errors import UserError
-from evaluate import evaluate
+from evaluate import evaluate, mean_interval, player, reserve, write_json
 from models.numpy_policy import policy_from_arrays
 from preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
 from preprocess.submission import Preprocessor
@@ -68,6 +70,8 @@ class Config:
     states: int = 120  # official states per task for the comparisons, at least 100; half as many turned ones
     episodes: int = 10  # per task, policy and round, for actions and score along the trajectory
     start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+    behaviour_episodes: int = 40  # per task and side, for gate 3
+    backend: Literal["official", "twin"] = "twin"  # where the official side of gates 2 and 3 is played
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,25 @@ class Check:
     gate: int
     name: str
     measured: float
-    low: float
-    high: float
+    low: float | None  # None: no limit on this side
+    high: float | None
     where: str  # what the number was taken from
     remedy: str  # where to look when it fails
 
     @property
     def passed(self) -> bool:
         """Whether it does; NaN does not."""
-        return self.low <= self.measured <= self.high
+        low_enough = self.high is None or self.measured <= self.high
+        return low_enough and (self.low is None or self.low <= self.measured)
+
+    @property
+    def limits(self) -> str:
+        """The limits as text."""
+        if self.high is None:
+            return f">= {self.low:+.3g}"
+        if self.low is None or self.low == 0.0:
+            return f"<= {self.high:.3g}"
+        return f"{self.low:+.3g} .. {self.high:+.3g}"
 
 
 # --- official states ----------------------------------------------------------------------------------
@@ -296,9 +310,9 @@ def trajectory_checks(
     for seed in range(config.seed, config.seed + _SCORE_ROUNDS):
         with tempfile.TemporaryDirectory() as directory:
             recorded = Recorded(after, Path(directory))
-            played = evaluate(recorded, config.episodes, seed, config.start_noise)
+            played = evaluate(recorded, config.episodes, seed, config.start_noise, config.backend)
             met = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
-        expected = evaluate(before, config.episodes, seed, config.start_noise)
+        expected = evaluate(before, config.episodes, seed, config.start_noise, config.backend)
         met = np.concatenate(met).reshape(-1, OBS_SIZE)
         apart = float(np.maximum(apart, np.abs(after(met) - before(met)).max()))
         observations += len(met)
@@ -335,6 +349,101 @@ def _scores(result: dict) -> dict:
     return {"mean": result["mean"], "ci95": result["ci95"], "tasks": tasks}
 
 
+# --- gate 3: the behaviour ------------------------------------------------------------------------------
+
+
+class Tolerance(NamedTuple):
+    """How far a mean in the official environment may lie from pre-training's, whatever the spread."""
+
+    least: float
+    share: float = 0.0  # of pre-training's mean, where that is more
+    worse: Literal["more", "less", "both"] = "both"  # the side that fails
+
+
+# Why these: a second of ten; a fall in seven; half a metre, or a quarter of the way of a policy that runs. A
+# touch counts anew after each 2 ms without contact in the official environment, after each 20 ms in
+# pre-training, so dribbling differs by more than a bit. The score: half a m/s of ball speed.
+TOLERANCES = {
+    "steps": Tolerance(500.0),
+    "fell": Tolerance(0.15, worse="more"),
+    "walked_m": Tolerance(0.5, 0.25),
+    "touches": Tolerance(1.0, 0.5),
+    "score": Tolerance(0.75, worse="less"),
+}
+# A difference within so many standard errors is chance. Three, not 1.96: there are fifteen checks, and one in
+# twenty of them would fail a faithful policy about every other time.
+_STANDARD_ERRORS = 3.0
+
+
+def limit(tolerance: Tolerance, expected: np.ndarray, actual: np.ndarray) -> tuple[float, float]:
+    """The allowed difference of the means of paired samples (N,), N > 1, and its standard error."""
+    standard_error = float(np.std(actual - expected, ddof=1) / np.sqrt(len(actual)))
+    tolerated = max(tolerance.least, tolerance.share * abs(float(np.mean(expected))))
+    return max(tolerated, _STANDARD_ERRORS * standard_error), standard_error
+
+
+def compare_behaviour(
+    task: str, expected: dict[str, np.ndarray], actual: dict[str, np.ndarray]
+) -> tuple[list[Check], dict]:
+    """Checks and numbers of one task, from what pre-training (expected) and official episodes (N,) did."""
+    checks, numbers = [], {}
+    for name, tolerance in TOLERANCES.items():
+        allowed, standard_error = limit(tolerance, expected[name], actual[name])
+        sides = {"pretraining": _side(expected[name]), "official": _side(actual[name])}
+        difference_of_means = sides["official"]["mean"] - sides["pretraining"]["mean"]
+        numbers[name] = sides | {
+            "difference": difference_of_means,
+            "standard_error": standard_error,
+            "limit": allowed,
+        }
+        where = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
+        checks.append(
+            Check(
+                3,
+                f"{task}: {name}, official - pre-training",
+                difference_of_means,
+                None if tolerance.worse == "more" else -allowed,
+                None if tolerance.worse == "less" else allowed,
+                f"{len(actual[name])} starts, {where}",
+                "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer",
+            )
+        )
+    return checks, numbers
+
+
+def _side(values: np.ndarray) -> dict[str, Any]:
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)),
+        "ci95": mean_interval(values),
+    }
+
+
+def behaviour_checks(
+    pretrained: Checkpoint, converted: Checkpoint, config: Config
+) -> tuple[list[Check], dict]:
+    """Play the pre-trained policy in the pre-training scene, the converted one officially; compare."""
+    from envs import pretraining
+
+    seeds = [official.match_seed(config.seed, i) for i in range(config.behaviour_episodes)]
+    episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
+    before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
+    expected = pretraining.run_episodes(before, episodes, config.start_noise)._asdict()
+    results = player(config.backend)(after, episodes, config.start_noise)
+    actual = {name: _column(results, name) for name in TOLERANCES}
+    checks, numbers = [], {}
+    for i, task in enumerate(c.TASKS):
+        mine = slice(i * len(seeds), (i + 1) * len(seeds))
+        sides = ({name: values[mine] for name, values in side.items()} for side in (expected, actual))
+        of_task, numbers[task] = compare_behaviour(task, *sides)
+        checks += of_task
+    return checks, {"backend": config.backend, "starts_per_task": len(seeds), "tasks": numbers}
+
+
+def _column(results: list[EpisodeResult], name: str) -> np.ndarray:
+    return np.array([getattr(result, name) for result in results], np.float64)
+
+
 # --- the command ----------------------------------------------------------------------------------------
 
 
@@ -345,8 +454,10 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
             f"--states {config.states}, --episodes {config.episodes}, --seed {config.seed}, --start-noise "
             f"{config.start_noise}: at least {MIN_STATES} states, 1 episode, and nothing negative"
         )
-    if config.json is not None and config.json.exists():
-        raise UserError(f"{config.json} exists and is not overwritten: name another file or remove it")
+    if config.behaviour_episodes < 2:
+        raise UserError(f"--behaviour-episodes {config.behaviour_episodes}: at least 2, one has no spread")
+    if config.json is not None:
+        reserve(config.json)
     pretrained = checkpoints.load(config.pretrained, ("pretrained",))
     converted = checkpoints.load(config.converted, ("converted",))
     if converted.manifest["parent"] != {"stage": pretrained.stage, "hash": pretrained.hash}:
@@ -372,7 +483,8 @@ def main(config: Config) -> dict[str, Any]:
     checks = observation_checks(states, config.seed)
     of_actor, log_std = actor_checks(pretrained, converted, real_obs)
     of_trajectory, scores = trajectory_checks(pretrained, converted, config)
-    checks += of_actor + of_trajectory
+    of_behaviour, behaviour = behaviour_checks(pretrained, converted, config)
+    checks += of_actor + of_trajectory + of_behaviour
     report = {
         "passed": all(check.passed for check in checks),
         "pretrained": {"checkpoint": str(config.pretrained), "hash": pretrained.hash},
@@ -382,39 +494,59 @@ def main(config: Config) -> dict[str, Any]:
         "checks": [asdict(check) | {"passed": check.passed} for check in checks],
         "log_std": log_std,
         "scores": scores,
+        "behaviour": behaviour,
     }
     _print(checks, report)
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        with config.json.open("x") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
-        print(config.json)
+        write_json(report, config.json)
     return report
 
 
 def _print(checks: list[Check], report: dict[str, Any]) -> None:
-    """The table on stdout, a line for each failure on stderr."""
-    table = Table(title="Gates")
+    """The tables on stdout, a line for each failure on stderr."""
+    table = Table(title="Gates 1 and 2")
     for column in ("gate", "check", "measured", "limits", "verdict"):
         table.add_column(column)
     for check in checks:
-        limits = f"<= {check.high:.3g}" if check.low == 0.0 else f"{check.low:+.3g} .. {check.high:+.3g}"
-        verdict = "passed" if check.passed else "FAILED"
-        table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", limits, verdict)
+        if check.gate < 3:
+            table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", check.limits, _verdict(check))
     console, log_std = Console(), report["log_std"]
     console.print(table)
     spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
     console.print(
         f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}"
     )
+    console.print(_behaviour_table([check for check in checks if check.gate == 3], report["behaviour"]))
     for check in checks:
         if not check.passed:
             print(
                 f"failed: gate {check.gate}, {check.name}: {check.measured:.3g} is not within "
-                f"[{check.low:.3g}, {check.high:.3g}] ({check.where}); {check.remedy}",
+                f"{check.limits} ({check.where}); {check.remedy}",
                 file=sys.stderr,
             )
+
+
+def _verdict(check: Check) -> str:
+    return "passed" if check.passed else "FAILED"
+
+
+def _behaviour_table(checks: list[Check], behaviour: dict[str, Any]) -> Table:
+    """Gate 3: mean and standard deviation on both sides, and the difference of the means with its limits."""
+    title = f"Gate 3: {behaviour['starts_per_task']} starts a task, official side in: {behaviour['backend']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "pre-training", "official", "difference", "allowed", "verdict"):
+        table.add_column(column, justify="left" if column in ("", "verdict") else "right", no_wrap=True)
+    rows = ((task, name, of) for task, names in behaviour["tasks"].items() for name, of in names.items())
+    for (task, name, of), check in zip(rows, checks, strict=True):
+        digits = 0 if name == "steps" else 2
+        sides = [
+            f"{side['mean']:.{digits}f} ± {side['std']:.{digits}f}"
+            for side in (of["pretraining"], of["official"])
+        ]
+        signs = {"more": "+", "less": "-", "both": "±"}
+        allowed = f"{signs[TOLERANCES[name].worse]}{of['limit']:.{digits}f}"
+        table.add_row(f"{task} {name}", *sides, f"{of['difference']:+.{digits}f}", allowed, _verdict(check))
+    return table
 
 
 if __name__ == "__main__":

@@ -27,19 +27,24 @@ from envs import constants as c
 from envs import pd, scene
 from errors import UserError
 from preprocess.submission import Preprocessor
-from rewards.official import score_terms
+from rewards.official import WEIGHTS, score_terms
 
 # (87,) float32 observation -> (12,) action in [-1, 1]; None stands for zero torque.
 Policy = Callable[[np.ndarray], np.ndarray] | None
 
 _JOINT_POS = slice(0, c.NUM_JOINTS)  # of the official observation, which begins like our own
 _JOINT_VEL = slice(c.NUM_JOINTS, 2 * c.NUM_JOINTS)
+_STILL_M_S = 0.05  # horizontal speed below which a ball goes nowhere in particular
 _NOISE_STREAM = 1  # our own random stream of an episode seed: the environment itself draws from the bare seed
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One scored episode. Lengths are horizontal where a name does not say otherwise."""
+    """One scored episode. Lengths are horizontal where a name does not say otherwise.
+
+    A shot is the ball when it was last released: right after the last contact with the robot, or at the end
+    if it is still touched. None where there was none, or where the ball goes nowhere (below 0.05 m/s).
+    """
 
     task: str
     seed: int
@@ -51,6 +56,11 @@ class EpisodeResult:
     touches: int  # robot-ball contacts, each from first touch to release, as `ball_hits` counts them
     ball_speed_site_m_s: float  # at the end; what the score sees (the site turns with the ball)
     ball_speed_centre_m_s: float  # at the end; what the ball really does
+    shot_speed_m_s: float | None  # of the ball's centre, in all three axes
+    shot_direction_deg: float | None  # off the line to goal centre, window or target; positive to the left
+    ball_height_max_m: float  # of the ball's centre; 0.12 lying on the pitch
+    roll_phase_deg: float | None  # at the end, see `roll_phase_deg`
+    roll_score: float  # part of the score: what the velocity term counts beyond the centre's own velocity
     walked_m: float  # path of the imu, sampled at every action
     ball_distance_min_m: float  # imu to ball centre, sampled at every action and at the end
     imu_height_m: float  # at the end
@@ -61,6 +71,15 @@ class Episode(NamedTuple):
 
     task: str
     seed: int
+
+
+class Ball(NamedTuple):
+    """The ball at one physics step, each (..., 3), positions with the official lag."""
+
+    centre_pos_w: np.ndarray  # m
+    centre_vel_w: np.ndarray  # m/s
+    site_pos_w: np.ndarray  # m
+    site_vel_w: np.ndarray  # m/s
 
 
 class TaskIndex(gym.Wrapper):
@@ -130,6 +149,50 @@ def reference_policy(name: str) -> Policy:
     return policies[name]
 
 
+def direction_deg(vector_w: np.ndarray, line_w: np.ndarray) -> float:
+    """Angle of a vector (3,) from a line (3,), seen from above, in (-180, 180]; positive to the left."""
+    (x, y), (line_x, line_y) = vector_w[:2], line_w[:2]
+    return float(np.degrees(np.arctan2(line_x * y - line_y * x, line_x * x + line_y * y)))
+
+
+def roll_phase_deg(site_from_centre_w: np.ndarray, velocity_w: np.ndarray) -> float:
+    """Where the ball's site is on its way round the centre, in [0, 360), of a ball that rolls along a velocity.
+
+    0 under the centre, 90 behind it and going up, 180 on top, 270 in front. A ball that rolls at v without
+    slipping has its site at v (1 - cos phase) along its way: nothing at 0, twice the centre's speed at 180.
+    """
+    ahead = velocity_w[:2] / np.hypot(*velocity_w[:2])
+    return float(np.degrees(np.arctan2(-site_from_centre_w[:2] @ ahead, -site_from_centre_w[2])) % 360.0)
+
+
+def ball_quantities(
+    task: str, shot: Ball | None, end: Ball, aim_pos_w: np.ndarray
+) -> dict[str, float | None]:
+    """What `EpisodeResult` says about shot and roll; one lane at a time, so that both backends round alike.
+
+    `end` is the ball at the end of the episode, `aim_pos_w` (3,) the goal's centre, window or target.
+    """
+    speed, direction, phase = None, None, None
+    if shot is not None:
+        speed = float(np.linalg.norm(shot.centre_vel_w))
+        if np.hypot(*shot.centre_vel_w[:2]) >= _STILL_M_S:
+            direction = direction_deg(shot.centre_vel_w, aim_pos_w - shot.centre_pos_w)
+    if np.hypot(*end.centre_vel_w[:2]) >= _STILL_M_S:
+        phase = roll_phase_deg(end.site_pos_w - end.centre_pos_w, end.centre_vel_w)
+    velocity_weight = WEIGHTS[task].get("ball_vel_twd_goal", 0.0)  # of the site's velocity along -x
+    return {
+        "shot_speed_m_s": speed,
+        "shot_direction_deg": direction,
+        "roll_phase_deg": phase,
+        "roll_score": velocity_weight * float(end.centre_vel_w[0] - end.site_vel_w[0]),
+    }
+
+
+def aim_pos_w(task: str, imu_pos_w: np.ndarray, target_from_imu_w: np.ndarray) -> np.ndarray:
+    """Where the ball should go (3,): the goal's centre in the goalie task, else window or target."""
+    return c.GOAL_POS_W[0] if task == "goalie" else imu_pos_w + target_from_imu_w
+
+
 def run_episode(
     env: TaskIndex,
     task: str,
@@ -154,9 +217,14 @@ def run_episode(
 
     torque_nm = np.zeros(c.NUM_JOINTS)
     steps, touches, touching, walked_m = 0, 0, False, 0.0
-    ball_distance_min_m = np.inf
+    ball_distance_min_m, ball_height_max_m, shot = np.inf, 0.0, None
     last_imu_pos_w = imu_pos_w.copy()
     terminated = truncated = False
+
+    def ball() -> Ball:
+        velocities = official.sim.data.get_geom_xvelp("ball"), official.sim.data.get_site_xvelp("ball")
+        return Ball(ball_centre_w.copy(), velocities[0], data.site("ball").xpos.copy(), velocities[1])
+
     while not (terminated or truncated):
         joint_pos_rad, joint_vel_rad_s = obs[_JOINT_POS], obs[_JOINT_VEL]
         if steps % hold == 0:
@@ -175,10 +243,15 @@ def run_episode(
         with_robot = (is_robot_geom[one] & (other == ball_geom)) | (is_robot_geom[other] & (one == ball_geom))
         was_touching, touching = touching, bool(with_robot.any())
         touches += touching and not was_touching
+        if was_touching and not touching:
+            shot = ball()
+        ball_height_max_m = max(ball_height_max_m, float(ball_centre_w[2]))
 
     # The platform asks once more after the environment's own call in `step`. That leaves `ball_hits` as it
     # is: a touch counts on the change from "no contact" to "contact", and the contacts have not changed.
     terms = score_terms(task, official.compute_reward())
+    end = ball()
+    aim_w = aim_pos_w(task, imu_pos_w, info["target_xpos_rel_robot"])
     return EpisodeResult(
         task=task,
         seed=seed,
@@ -188,8 +261,10 @@ def run_episode(
         fell=bool(official.robots[0].is_terminated()),
         success=bool(info["success"]),
         touches=touches,
-        ball_speed_site_m_s=float(np.linalg.norm(official.sim.data.get_site_xvelp("ball"))),
-        ball_speed_centre_m_s=float(np.linalg.norm(official.sim.data.get_geom_xvelp("ball"))),
+        ball_speed_site_m_s=float(np.linalg.norm(end.site_vel_w)),
+        ball_speed_centre_m_s=float(np.linalg.norm(end.centre_vel_w)),
+        ball_height_max_m=ball_height_max_m,
+        **ball_quantities(task, end if touching else shot, end, aim_w),
         walked_m=walked_m + _horizontal_distance_m(imu_pos_w, last_imu_pos_w),
         ball_distance_min_m=min(ball_distance_min_m, _horizontal_distance_m(imu_pos_w, ball_centre_w)),
         imu_height_m=float(imu_pos_w[2]),

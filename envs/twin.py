@@ -219,6 +219,8 @@ class TwinEnv:
         self.steps = np.zeros(num_lanes, dtype=np.int64)  # physics steps played
         self.touches = np.zeros(num_lanes, dtype=np.int64)  # robot-ball contacts, first touch to release
         self._touching = np.zeros(num_lanes, dtype=bool)
+        self.ball_height_max_m = np.zeros(num_lanes)  # of the centre
+        self.shot = official.Ball(*np.zeros((4, num_lanes, 3)))  # the last one; means nothing before a touch
         self._terminated = np.ones(num_lanes, dtype=bool)  # until the first reset
         self._truncated = np.zeros(num_lanes, dtype=bool)
         self._reward_terms: dict[str, np.ndarray] = {}
@@ -294,6 +296,7 @@ class TwinEnv:
             self._reset_lane(lane, seed, start_noise_rad)
         self.steps[chosen] = self.touches[chosen] = 0
         self._touching[chosen] = self._terminated[chosen] = self._truncated[chosen] = False
+        self.ball_height_max_m[chosen] = 0.0
         self._was_reset = True
         info = self._info()
         return self._obs(info), info
@@ -404,6 +407,8 @@ class TwinEnv:
             ended = terminated | truncated
             last = np.where(ended.any(axis=0), ended.argmax(axis=0), num_steps - 1)
             reward[lanes] = np.sum(self._total_reward(terms), axis=0, dtype=np.float64, where=nth <= last)
+            is_shot = np.where(touching, nth == last, was_touching & (nth <= last))
+            self._note_ball(lanes, states, is_shot, nth <= last)
 
             for values, new in zip(self._state, states.at((last, lane)), strict=True):
                 values[lanes] = new
@@ -422,6 +427,17 @@ class TwinEnv:
             terminated=self._terminated.copy(),
             truncated=self._truncated.copy(),
         )
+
+    def _note_ball(self, lanes: np.ndarray, states: _State, is_shot: np.ndarray, played: np.ndarray) -> None:
+        """Keep the ball's height and its last shot of states (S, L), masks (S, L)."""
+        heights = self._read("twin:ball_centre", states)[..., 2]
+        highest = np.fmax.reduce(heights, axis=0, where=played, initial=0.0)
+        self.ball_height_max_m[lanes] = np.fmax(self.ball_height_max_m[lanes], highest)
+        shooting = np.flatnonzero(is_shot.any(axis=0))
+        if len(shooting):
+            last = len(is_shot) - 1 - is_shot[::-1, shooting].argmax(axis=0)
+            for values, new in zip(self.shot, self._ball(states.at((last, shooting))), strict=True):
+                values[lanes[shooting]] = new
 
     def _simulate(self, lanes: np.ndarray, torque_of: Callable, num_steps: int) -> _State:
         """States (num_steps, L) after each physics step."""
@@ -631,6 +647,11 @@ class TwinEnv:
         return self._read("twin:imu_pos")
 
     @property
+    def ball(self) -> official.Ball:
+        """The ball of all lanes now, each (B, 3)."""
+        return self._ball(self._state)
+
+    @property
     def ball_centre_w(self) -> np.ndarray:
         """(B, 3) m, with the official lag."""
         return self._read("twin:ball_centre")
@@ -642,16 +663,19 @@ class TwinEnv:
 
     @property
     def ball_centre_velocity_w(self) -> np.ndarray:
-        """(B, 3) m/s: what the ball really does; the official Jacobian of the ball's geom times qvel."""
-        read = self._read
-        jacobian = np.zeros((self.num_lanes, 3, self.qvel.shape[1]))
+        """(B, 3) m/s: what the ball really does."""
+        return self.ball.centre_vel_w
+
+    def _ball(self, state: _State) -> official.Ball:
+        """The ball in states (L,); its centre's velocity is the official Jacobian of its geom times qvel."""
+        site, com, centre = (self._read(f"twin:ball_{name}", state) for name in ("pos", "com", "centre"))
+        jacobian = np.zeros((len(state.qvel), 3, state.qvel.shape[1]))
         for i, axis in enumerate("XYZ"):
-            dof, turn = self._ball_v.start + i, read(f"twin:{_BALL}_{axis}")
+            dof, turn = self._ball_v.start + i, self._read(f"twin:{_BALL}_{axis}", state)
             jacobian[:, i, dof] = 1.0
-            jacobian[:, :, dof + 3] = np.cross(
-                turn, read("twin:ball_com") - read("twin:ball_pos")
-            ) + np.cross(turn, read("twin:ball_centre") - read("twin:ball_com"))
-        return _times_qvel(jacobian, self.qvel)
+            jacobian[:, :, dof + 3] = np.cross(turn, com - site) + np.cross(turn, centre - com)
+        site_vel = state.qvel[:, self._ball_v][:, :3]
+        return official.Ball(centre, _times_qvel(jacobian, state.qvel), site, site_vel)
 
 
 def _checked_seed(seed: int | None, lane: int) -> int | None:
@@ -709,7 +733,8 @@ def run_task(
     env.close()
 
     terms = env.score_terms()
-    site_speed, centre_speed = _norm(env.ball_site_velocity_w), _norm(env.ball_centre_velocity_w)
+    shot, end = env.shot, env.ball
+    site_speed, centre_speed = _norm(end.site_vel_w), _norm(end.centre_vel_w)
     results = []
     for i, seed in enumerate(seeds):
         lane_terms = {name: float(values[i]) for name, values in terms.items()}
@@ -725,6 +750,13 @@ def run_task(
                 touches=int(env.touches[i]),
                 ball_speed_site_m_s=float(site_speed[i]),
                 ball_speed_centre_m_s=float(centre_speed[i]),
+                ball_height_max_m=float(env.ball_height_max_m[i]),
+                **official.ball_quantities(
+                    task,
+                    official.Ball(*(values[i] for values in shot)) if env.touches[i] else None,
+                    official.Ball(*(values[i] for values in end)),
+                    official.aim_pos_w(task, env.imu_pos_w[i], info["target_xpos_rel_robot"][i]),
+                ),
                 walked_m=float(walked[i]),
                 ball_distance_min_m=float(ball_distance_min[i]),
                 imu_height_m=float(env.imu_pos_w[i, 2]),

@@ -1,5 +1,6 @@
 """The evaluation: arithmetic by hand on made-up episodes, and short real runs in worker processes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,18 +13,21 @@ import pytest
 import checkpoints
 import evaluate
 from envs import constants as c
-from envs import official
+from envs import official, scene, twin
 from envs.official import EpisodeResult
 from errors import UserError
 from models.numpy_policy import policy_from_arrays
 from preprocess.observation import OBS_SIZE
+from tracking import score_report
 
 REPO = Path(evaluate.__file__).parent
 
 
 def episode(task: str, seed: int, score: float, **changes) -> EpisodeResult:
     fields = dict(steps=1000, fell=False, success=False, touches=0, imu_height_m=0.6)
-    fields |= dict(ball_speed_site_m_s=0.0, ball_speed_centre_m_s=0.0, walked_m=0.0, ball_distance_min_m=1.0)
+    fields |= dict(shot_speed_m_s=None, shot_direction_deg=None, roll_phase_deg=None, roll_score=0.0)
+    fields |= dict(ball_speed_site_m_s=0.0, ball_speed_centre_m_s=0.0, ball_height_max_m=0.12)
+    fields |= dict(walked_m=0.0, ball_distance_min_m=1.0)
     return EpisodeResult(task=task, seed=seed, score=score, terms={"steps": -1.0}, **(fields | changes))
 
 
@@ -43,7 +47,7 @@ def play(monkeypatch):
             results.append(episode(task, seed, float(i), **fields))
         return list(progress(iter(results)))
 
-    monkeypatch.setattr(evaluate, "_backend", lambda name: run_episodes)
+    monkeypatch.setattr(evaluate, "player", lambda name: run_episodes)
     return asked
 
 
@@ -109,18 +113,153 @@ def test_the_table_names_what_stands_for_identical_episodes(play, capsys):
     assert "obstacle: without" not in shown
 
 
+def test_how_an_episode_ended_in_a_word():
+    def word(task="goalie", terms=None, **changes):
+        result = episode(task, 0, 0.0, **({"steps": 300} | changes))
+        return evaluate.ending(dataclasses.replace(result, terms=terms or {}))
+
+    assert word(success=True) == "success"
+    assert word(success=True, terms={"ball_blocked": -0.5, "offside": -0.0}) == "success+blocked"
+    assert word(terms={"offside": -3.0}, fell=True) == "offside+fell"
+    assert word(steps=5000) == "timeout"
+    assert word(steps=5000, fell=True) == "fell"
+    assert word(steps=4999) == "diverged"
+
+
+def test_spreads_by_hand():
+    def spread(name, values):
+        return evaluate._spread([episode("target", 0, 0.0, **{name: value}) for value in values], name)
+
+    assert spread("shot_speed_m_s", [1.0, None, 4.0]) == {"n": 2, "mean": 2.5, "std": pytest.approx(4.5**0.5)}
+    assert spread("shot_speed_m_s", [None]) == {"n": 0, "mean": None, "std": None}
+    around_back = spread("shot_direction_deg", [170.0, -170.0])  # 10 degrees either side of 180
+    assert abs(around_back["mean"]) == pytest.approx(180.0)
+    assert around_back["std"] == pytest.approx(10.0, abs=0.1)  # near the usual one (N) of +-10
+    assert spread("roll_phase_deg", [260.0, 280.0])["mean"] == pytest.approx(270.0)
+    assert spread("shot_direction_deg", [90.0, -90.0])["std"] > 300.0  # no direction at all
+
+
+def test_worst_episodes_and_the_command_that_plays_one_again(play, capsys):
+    evaluate.main(evaluate.Config(policy="hold", episodes=7, start_noise=0.02, seed=1))
+    shown = capsys.readouterr().out
+    listed = [line.split() for line in shown[shown.index("Worst episodes") :].splitlines()]
+    of_target = [row for row in listed if row[:1] == ["target"]]
+    seeds = [official.match_seed(1, i) for i in range(score_report.WORST)]  # the fixture's scores rise
+    assert [row[1:3] for row in of_target] == [[str(seed), f"+{i}.00"] for i, seed in enumerate(seeds)]
+    command = f"evaluate.py --policy hold --only target:{seeds[0]} --start-noise 0.02"
+    assert command in shown
+
+
+def test_the_plot_is_written(play, tmp_path, capsys):
+    file = tmp_path / "plots" / "scores.png"
+    evaluate.main(evaluate.Config(policy="zero", episodes=5, plot=file))  # the goalie has one score only
+    assert file.read_bytes().startswith(b"\x89PNG") and str(file) in capsys.readouterr().out
+
+
+# --- the ball ---------------------------------------------------------------------------------------
+
+
+def test_the_direction_of_a_shot_by_hand():
+    line = np.array([-2.0, 0.0, 0.0])  # toward the goal
+    assert official.direction_deg(np.array([-3.0, 0.0, 9.0]), line) == pytest.approx(0.0)
+    assert official.direction_deg(np.array([-1.0, -1.0, 0.0]), line) == pytest.approx(45.0)  # left, facing -x
+    assert official.direction_deg(np.array([0.0, 1.0, 0.0]), line) == pytest.approx(-90.0)
+
+
+@pytest.mark.parametrize(
+    ("site_from_centre", "phase"),
+    [((0, 0, -1), 0.0), ((0, -1, 0), 90.0), ((0, 0, 1), 180.0), ((0, 1, 0), 270.0), ((1, 0, 1), 180.0)],
+)
+def test_the_roll_phase_by_hand(site_from_centre, phase):
+    """Of a ball that rolls along y: under the centre, behind it, on top, in front."""
+    site, velocity = c.BALL_RADIUS_M * np.array(site_from_centre, float), np.array([0.0, 2.0, 0.0])
+    assert official.roll_phase_deg(site, velocity) == pytest.approx(phase)
+    spin_w = np.cross([0.0, 0.0, 1.0], velocity) / c.BALL_RADIUS_M
+    along = (velocity + np.cross(spin_w, site))[1]
+    assert along == pytest.approx(2.0 * (1 - np.cos(np.radians(phase))), abs=1e-9)
+
+
+def test_what_is_said_about_the_ball_by_hand():
+    """A ball that rolls at 2 m/s toward the goal with its site on top, shot there at 3 m/s by 4 upward."""
+    pos, up = np.array([-9.0, 1.0, 0.11]), np.array([0.0, 0.0, c.BALL_RADIUS_M])
+    end = official.Ball(pos, np.array([-2.0, 0.0, 0.0]), pos + up, np.array([-4.0, 0.0, 0.0]))
+    shot = end._replace(centre_vel_w=np.array([-3.0, 0.0, 4.0]))
+    aim = pos + [-1.0, -1.0, 0.0]  # the shot passes it on the right
+    of_goalie = official.ball_quantities("goalie", shot, end, aim)
+    assert of_goalie == pytest.approx(
+        {"shot_speed_m_s": 5.0, "shot_direction_deg": -45.0, "roll_phase_deg": 180.0, "roll_score": 3.0}
+    )
+    assert official.ball_quantities("target", shot, end, aim)["roll_score"] == 0.0
+    still = end._replace(centre_vel_w=np.array([-0.04, 0.0, 0.0]))
+    untouched = official.ball_quantities("goalie", None, still, aim)
+    assert (
+        untouched["shot_speed_m_s"] is untouched["shot_direction_deg"] is untouched["roll_phase_deg"] is None
+    )
+
+
+def thrown_at_the_robot(qpos, qvel, address) -> None:
+    to_robot = qpos[address.root_q][:2] - qpos[address.ball_q][:2]
+    qvel[address.ball_v][:2] = 8.0 * to_robot / np.linalg.norm(to_robot)
+
+
+@pytest.fixture
+def thrown_balls(monkeypatch):
+    """Every episode starts with the ball on its way to the robot, in both backends."""
+    official_reset, twin_reset = official.reset, twin.TwinEnv.reset
+
+    def reset(env, *args):
+        official_reset(env, *args)
+        base = env.unwrapped
+        model, data = base.sim.model._model, base.sim.data._data
+        thrown_at_the_robot(data.qpos, data.qvel, scene.official_addresses(model))
+        return base._get_obs(), base._get_info() | {"task_index": env.task_index}
+
+    def reset_twin(self, *args):
+        twin_reset(self, *args)
+        for qpos, qvel in zip(self.qpos, self.qvel):
+            thrown_at_the_robot(qpos, qvel, scene.official_addresses(self._source.model))
+        info = self._info()
+        return self._obs(info), info
+
+    monkeypatch.setattr(official, "reset", reset)
+    monkeypatch.setattr(twin.TwinEnv, "reset", reset_twin)
+
+
+@pytest.mark.parametrize("task", c.TASKS)
+def test_both_backends_say_the_same_about_a_ball_that_was_played(task, thrown_balls):
+    seeds = [1, 2, 3]
+    env = official.make(task)
+    expected = [official.run_episode(env, task, official.hold_default_pose, seed, 0.02) for seed in seeds]
+    assert twin.run_task(task, official.hold_default_pose, seeds, 0.02) == expected
+    for result in expected:
+        assert result.touches > 0 and result.shot_speed_m_s > 0.0 and abs(result.shot_direction_deg) <= 180.0
+    assert any(result.ball_speed_centre_m_s != result.shot_speed_m_s for result in expected)  # was released
+    if task == "goalie":
+        for result in expected:
+            velocity_score = result.terms["ball_vel_twd_goal"]
+            assert abs(velocity_score - result.roll_score) <= 1.5 * result.ball_speed_centre_m_s + 1e-9
+
+
 # --- real episodes ----------------------------------------------------------------------------------
 
 
-def test_numbers_do_not_depend_on_the_number_of_workers():
-    one, three = (
-        evaluate.evaluate(official.reference_policy("hold"), 2, seed=3, start_noise_rad=0.02, workers=workers)
-        for workers in (1, 3)
+def test_numbers_depend_neither_on_workers_nor_on_the_backend_and_one_episode_can_be_played_again(capsys):
+    policy = official.reference_policy("hold")
+    one, three, in_twin = (
+        evaluate.evaluate(policy, 2, seed=3, start_noise_rad=0.02, backend=backend, workers=workers)
+        for backend, workers in (("official", 1), ("official", 3), ("twin", 1))
     )
     assert one == three
+    assert one == in_twin | {"backend": "official"}
     env = official.make("target")
     here = official.run_episode(env, "target", official.hold_default_pose, official.match_seed(3, 1), 0.02)
-    assert one["tasks"]["target"]["results"][1]["score"] == here.score
+    row = one["tasks"]["target"]["results"][1]
+    assert row["score"] == here.score
+
+    config = evaluate.Config(policy="hold", only=f"target:{row['seed']}", start_noise=0.02, backend="twin")
+    again = evaluate.main(config)
+    assert {name: again[name] for name in row} == row
+    assert f"{row['score']:.6f}" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_scored_and_written(tmp_path, capsys):
@@ -209,6 +348,16 @@ def test_bad_input_is_told_before_anything_runs(play, tmp_path):
     refused("seed .-1.", policy="zero", seed=-1)
     refused("start noise .-0.1.", policy="zero", start_noise=-0.1)
     refused("workers .0.", policy="zero", workers=0)
+    refused("start noise .nan.", policy="zero", start_noise=float("nan"))
+    for only in ("target", "target:", "target:-1", "target:1.5", "keeper:3", f"target:{2**64}"):
+        refused(f"--only {only} is not task:seed", policy="zero", only=only)
+    refused("needs a name that ends in .png", policy="zero", plot=tmp_path / "plot.txt")
+    refused("and no --only", policy="zero", plot=tmp_path / "plot.png", only="target:1")
+    (tmp_path / "file").write_text("")
+    refused(
+        "cannot write .*file/score.json: .*name another", policy="zero", json=tmp_path / "file/score.json"
+    )
+    refused("cannot write .*: File name too long", policy="zero", plot=tmp_path / f"{'x' * 300}.png")
     refused("nowhere", checkpoint=tmp_path / "nowhere")
     assert play == []
 

@@ -65,11 +65,13 @@ def measured(report: dict) -> dict[str, dict]:
 
 def test_a_faithful_conversion_passes(pretrained, converted, tmp_path, capsys):
     file = tmp_path / "gates.json"
-    report = gates.main(gates.Config(pretrained.path, converted.path, json=file, states=100, episodes=2))
+    report = gates.main(
+        gates.Config(pretrained.path, converted.path, json=file, states=100, episodes=2, behaviour_episodes=3)
+    )
     assert report["passed"], capsys.readouterr().err
     assert json.loads(file.read_text()) == report
     checks = measured(report)
-    assert {check["gate"] for check in report["checks"]} == {1, 2}
+    assert {check["gate"] for check in report["checks"]} == {1, 2, 3}
     assert 0.0 < checks["observation, JAX float32 and NumPy"]["measured"] <= 1e-6
     assert 0.0 < checks["action, JAX and PyTorch actors"]["measured"] <= 1e-5
     assert -5.0 <= report["log_std"]["min"] < report["log_std"]["max"] <= 2.0
@@ -86,7 +88,7 @@ def test_another_policy_stops_the_command_with_a_line_for_each_failure(pretraine
         "--converted",
         str(perturbed.path),
     ]
-    command += ["--states", "100", "--episodes", "1"]
+    command += ["--states", "100", "--episodes", "1", "--behaviour-episodes", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     failures = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
@@ -103,7 +105,7 @@ def test_a_missed_score_is_repeated(pretrained, converted, monkeypatch, converte
     """Against the interval [-1, 1]: rounds until one hits, four at most."""
     seeds = []
 
-    def evaluate(policy, episodes, seed, start_noise_rad):
+    def evaluate(policy, episodes, seed, start_noise_rad, backend):
         policy(np.zeros(OBS_SIZE, np.float32))
         mean = 0.0
         if isinstance(policy, gates.Recorded):
@@ -148,11 +150,91 @@ def test_a_check_has_two_ends_and_nan_fails():
         assert not dataclasses.replace(check, measured=value).passed
 
 
+def test_one_sided_limits():
+    check = gates.Check(3, "score", 0.0, -0.75, None, "", "")
+    assert dataclasses.replace(check, measured=9.0).passed
+    assert check.limits == ">= -0.75"
+    for value in (-0.76, np.nan):
+        assert not dataclasses.replace(check, measured=value).passed
+    upward = dataclasses.replace(check, low=None, high=0.15)
+    assert dataclasses.replace(upward, measured=-1.0).passed and upward.limits == "<= 0.15"
+    for value in (0.16, np.nan):
+        assert not dataclasses.replace(upward, measured=value).passed
+
+
+# --- gate 3 -----------------------------------------------------------------------------------------------
+
+
+def test_the_allowed_difference_by_hand():
+    """Differences 1, 0, 1, 0: deviation 1 / sqrt(3), standard error 1 / (2 sqrt(3)), three of them 0.866."""
+    expected, actual = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 2.0, 4.0, 4.0])
+    allowed, standard_error = gates.limit(gates.Tolerance(0.5), expected, actual)
+    assert standard_error == pytest.approx(0.2886751) and allowed == pytest.approx(0.8660254)
+    assert gates.limit(gates.Tolerance(1.0), expected, actual)[0] == 1.0
+    assert gates.limit(gates.Tolerance(1.0, 0.5), expected, actual)[0] == 1.25  # half of 2.5
+
+
+AS_IN_PRETRAINING = {"steps": 3000.0, "fell": 0.0, "walked_m": 4.0, "touches": 1.0, "score": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "passes", "fails"),
+    [
+        ("steps", (2501.0, 3499.0), (2499.0, 3501.0)),
+        ("fell", (0.0, 0.0), (1.0, 1.0)),
+        ("walked_m", (3.1, 4.9), (2.9, 5.1)),  # a quarter of 4
+        ("touches", (0.1, 1.9), (-0.1, 2.1)),
+        ("score", (1.3, 99.0), (1.2, -1.0)),
+    ],
+)
+def test_each_quantity_of_gate_3_can_fail(name, passes, fails):
+    """Starts that all go alike: no standard error, so only the tolerance counts."""
+
+    def failed(value: float) -> list[str]:
+        expected = {key: np.full(4, number) for key, number in AS_IN_PRETRAINING.items()}
+        checks, numbers = gates.compare_behaviour("target", expected, expected | {name: np.full(4, value)})
+        assert numbers[name]["official"]["ci95"] == [value, value] and numbers[name]["standard_error"] == 0.0
+        return [check.name for check in checks if not check.passed]
+
+    for value in passes:
+        assert failed(value) == []
+    for value in fails:
+        assert failed(value) == [f"target: {name}, official - pre-training"]
+
+
+def test_chance_passes_gate_3_and_a_real_difference_does_not():
+    """Of 40 starts 4 fall more: mean 0.1. Of 40 starts 12: mean 0.3, standard error 0.0734, limit 0.22."""
+    expected = {key: np.full(40, number) for key, number in AS_IN_PRETRAINING.items()}
+    for falls, passed in ((4, True), (12, False)):
+        fell = (np.arange(40) < falls).astype(float)
+        checks, numbers = gates.compare_behaviour("goalie", expected, expected | {"fell": fell})
+        assert checks[1].passed == passed
+    assert numbers["fell"]["standard_error"] == pytest.approx((0.3 * 0.7 / 39) ** 0.5)
+    assert numbers["fell"]["limit"] == pytest.approx(0.2201398, abs=1e-6)
+
+
+def test_gate_3_stops_a_policy_that_falls_where_it_stood_in_pretraining():
+    """The shipped policy stands; with its knees bent further it falls at once."""
+    shipped = checkpoints.load(Path(gates.__file__).parent / "assets" / "policies" / "pretrained")
+    bias = shipped.arrays["actor.output.bias"].copy()  # means, then log_std
+    bias[: c.NUM_JOINTS] += np.where(["Knee" in name for name in c.JOINT_NAMES], 2.0, 0.0).astype(np.float32)
+    bent = dataclasses.replace(shipped, arrays=shipped.arrays | {"actor.output.bias": bias})
+    config = gates.Config(shipped.path, shipped.path, behaviour_episodes=2)
+    checks, behaviour = gates.behaviour_checks(shipped, bent, config)
+    assert behaviour["tasks"]["goalie"]["steps"]["pretraining"]["mean"] > 1000
+    failed = [check.name for check in checks if not check.passed]
+    assert {f"{task}: steps, official - pre-training" for task in c.TASKS} <= set(failed)
+
+
 def test_bad_input(pretrained, converted, tmp_path):
     for config, message in (
         (gates.Config(pretrained.path, pretrained.path), "'pretrained', but converted is needed"),
         (gates.Config(tmp_path, converted.path), "is no checkpoint"),
         (gates.Config(pretrained.path, converted.path, states=99), "at least 100 states"),
+        (
+            gates.Config(pretrained.path, converted.path, behaviour_episodes=1),
+            "behaviour-episodes 1: at least 2",
+        ),
         (
             gates.Config(pretrained.path, converted.path, json=converted.path / "manifest.json"),
             "not overwritten",
@@ -228,6 +310,10 @@ def test_the_chain_in_order(scripts, tmp_path, capsys):
         *("zero torque", "pre-trained", "pre-trained, seed 8", "converted", "fine-tuned")
     ]
     assert summary["sdk_score"] == 0.25
+    backends = [row["backend"] for row in summary["scores"]]
+    assert backends == ["twin"] * 4 + ["official"]  # what is shipped is scored in the official environment
+    played_in = [dict(zip(command, command[1:])).get("--backend") for command in scripts.commands]
+    assert [backend for backend in played_in if backend] == backends
     output = capsys.readouterr().out
     assert "up for 2000 and 900 physics steps" in output and output.splitlines()[-1] == str(out)
 

@@ -1,0 +1,127 @@
+"""Tables and plot of an evaluation: the dictionary that `evaluate.evaluate` returns, for people."""
+
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WORST = 5  # episodes listed per task
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+# Rows of the ball's table: fields of `EpisodeResult`, and what they are called.
+BALL_ROWS = {
+    "shot_speed_m_s": "shot speed, m/s",
+    "shot_direction_deg": "shot, deg left of aim",
+    "ball_height_max_m": "highest, m",
+    "roll_phase_deg": "roll phase, deg",
+    "roll_score": "score from roll",
+}
+
+
+def print_result(result: dict, title: str) -> None:
+    """Print tables of the tasks, the score's terms, the ball and the worst episodes, in 80 columns."""
+    scores = Table(title=f"Official score: {title}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("task", "n", "score", "std", "95 % CI", "success", "fell", "steps", "hits"):
+        scores.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
+    for task, of_task in result["tasks"].items():
+        scores.add_row(
+            task,
+            f"{of_task['episodes']}",
+            f"{of_task['mean']:+.2f}",
+            f"{of_task['std']:.2f}",
+            _interval_text(of_task["ci95"]),
+            f"{of_task['success_rate']:.0%}",
+            f"{of_task['fall_rate']:.0%}",
+            f"{of_task['mean_steps']:.0f}",
+            f"{of_task['mean_touches']:.1f}",
+        )
+    scores.add_section()
+    scores.add_row("mean", "", f"{result['mean']:+.2f}", "", _interval_text(result["ci95"]))
+
+    names = list(dict.fromkeys(name for of_task in result["tasks"].values() for name in of_task["terms"]))
+    terms = _table_by_task("Weighted terms, mean ± standard deviation", result)
+    for name in names:
+        terms.add_row(name, *(_term_text(of_task, name) for of_task in result["tasks"].values()))
+    ball = _table_by_task("The ball, mean ± standard deviation", result)
+    ball.add_row(
+        "episodes with a shot", *(f"{t['ball']['shot_speed_m_s']['n']}" for t in result["tasks"].values())
+    )
+    for name, label in BALL_ROWS.items():
+        ball.add_row(label, *(_spread_text(of_task["ball"][name]) for of_task in result["tasks"].values()))
+    worst = Table(title="Worst episodes", box=box.SIMPLE_HEAD)
+    for name in ("task", "seed", "score", "ending", "steps"):
+        worst.add_column(name, justify="right" if name in ("score", "steps") else "left")
+    for of_task in result["tasks"].values():
+        for row in worst_episodes(of_task):
+            columns = (
+                row["task"],
+                f"{row['seed']}",
+                f"{row['score']:+.2f}",
+                row["ending"],
+                f"{row['steps']}",
+            )
+            worst.add_row(*columns)
+
+    console = Console()
+    console.print(scores)
+    for table in (terms, ball, worst):
+        console.print(table)
+    console.print(
+        f"CI: {result['confidence_interval']}. Ball: its centre; roll phase 180 is the site on top."
+    )
+    for task, of_task in result["tasks"].items():
+        if of_task["distinct_episodes"] < of_task["episodes"]:
+            console.print(
+                f"{task}: without start noise every seed gives the same episode; "
+                f"it was played once and stands for {of_task['episodes']}."
+            )
+
+
+def worst_episodes(of_task: dict) -> list[dict]:
+    """The episodes of a task's summary with the lowest scores, lowest first."""
+    return sorted(of_task["results"], key=lambda row: row["score"])[:WORST]
+
+
+def _table_by_task(title: str, result: dict) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("")
+    for task in result["tasks"]:
+        table.add_column(task, justify="right")
+    return table
+
+
+def _interval_text(interval: list[float]) -> str:
+    return f"{interval[0]:+.2f} .. {interval[1]:+.2f}"
+
+
+def _term_text(of_task: dict, name: str) -> str:
+    if name not in of_task["terms"]:
+        return ""
+    return f"{of_task['terms'][name]:+.2f} ± {of_task['terms_std'][name]:.2f}"
+
+
+def _spread_text(spread: dict) -> str:
+    return f"{spread['mean']:.2f} ± {spread['std']:.2f}" if spread["n"] else ""
+
+
+def plot(result: dict, title: str, file: Path) -> None:
+    """Write a histogram of each task's scores, by how the episodes ended, with mean and interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, (task, of_task) in zip(figure.subplots(1, len(result["tasks"])), result["tasks"].items()):
+        by_ending = {
+            name: [row["score"] for row in of_task["results"] if row["ending"] == name]
+            for name in of_task["endings"]
+        }
+        scores = sum(by_ending.values(), [])
+        bins = np.linspace(np.nanmin(scores) - 0.05, np.nanmax(scores) + 0.05, 31)
+        axes.hist(list(by_ending.values()), bins, stacked=True, label=list(by_ending))
+        axes.axvspan(*of_task["ci95"], color="black", alpha=0.2, label="95 % CI of the mean")
+        axes.axvline(of_task["mean"], color="black", label="mean")
+        heading = f"{task}: {of_task['mean']:+.2f} ({_interval_text(of_task['ci95'])}), n = {len(scores)}"
+        axes.set(title=heading, xlabel="official score", ylabel="episodes")
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(file)
