@@ -105,8 +105,14 @@ def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
     cosine = along / jnp.sqrt(jnp.sum(to_target**2) + 1e-8)
     near = 0.5 * ahead * jnp.exp(-miss_m / 2.0) + 0.25 * (1.0 + cosine)
     moving = jnp.clip(speed - 0.2, 0.0, 1.0)
-    # Out of the field costs 1; a slow ball may be met again.
-    return 3.0 * moving * (2.0 * hit + 0.7 * near - (1 - hit) * jnp.clip(speed / 2.0, 0.0, 1.0))
+    # A slow ball may be met again, and is still in the field when time is up: a lost one costs 1.
+    left_s = c.EPISODE_ACTIONS * c.ACTION_DT_S - state.action_count * c.ACTION_DT_S
+    half_field = jnp.array([c.FIELD_HALF_LENGTH_M, c.FIELD_HALF_WIDTH_M])
+    room_m = jnp.maximum(half_field - jnp.sign(velocity) * r.ball_center_pos_w[:2], 0.0)
+    out_s = jnp.min(room_m / jnp.maximum(jnp.abs(velocity), 1e-3))
+    in_time = _soft(left_s - along / speed, 0.3)
+    lost = _soft(left_s - out_s, 0.3)
+    return 3.0 * moving * (2.0 * hit * in_time + 0.7 * near - lost * (1.0 - hit))
 
 
 def shot_value(r: Readings, state: TaskState) -> jax.Array:

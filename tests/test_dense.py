@@ -100,8 +100,8 @@ def test_facing(tasks):
 
 
 def test_target_value_rewards_direction(tasks):
-    """On target: near the 6 points of a sure hit; across: little; away: negative; still: zero."""
-    state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0])
+    """On target: near the 8.1 points of a sure hit; across: little; still: zero."""
+    state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0], action_count=0)
 
     def value(velocity):
         return float(dense.shot_value(_readings(ball_vel=(*velocity, 0.0)), state))
@@ -110,7 +110,18 @@ def test_target_value_rewards_direction(tasks):
     assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7), abs=0.05)
     by_angle = [value((1.2 * np.cos(a), 1.2 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
     assert by_angle == sorted(by_angle, reverse=True) and len(set(by_angle)) == 4
-    assert value((-1.2, 0)) == pytest.approx(-3 * 0.6, abs=0.05)
+
+
+def test_target_value_knows_when_the_ball_is_lost_or_late(tasks):
+    """Backwards at 1.2 m/s from the centre the line at 10.97 m is 9.1 s away."""
+
+    def value(speed, actions):
+        state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0], action_count=actions)
+        return float(dense.shot_value(_readings(ball_vel=(speed, 0.0, 0.0)), state))
+
+    assert value(-1.2, 200) == pytest.approx(0.0, abs=0.05)  # 6 s left: still in the field
+    assert value(-2.4, 200) == pytest.approx(-3.0, abs=0.05)  # 4.6 s to the line
+    assert value(1.2, 450) == pytest.approx(3 * 0.7, abs=0.1)  # 1 s left, 3.3 s to the target
 
 
 def test_goalie_value_rewards_speed_and_the_free_side(tasks):
