@@ -8,7 +8,7 @@ Input: a "pretrained" checkpoint. Output: a "converted" one with `actor.{input,h
 deterministic policy needs none, but one far out of range means that the means were trained badly.
 
 Gate 2 is part of it: JAX and PyTorch compute actions and values of the golden observations, of real ones
-from the official environments, and of drawn ones. Nothing is written if the actions differ by more than 1e-5.
+from the official environments, and of drawn ones. Nothing is written if the actions differ by more than 1e-4.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,7 +29,7 @@ from models.torch_networks import HIDDEN, Actor, Critic
 from preprocess.observation import OBS_SIZE
 
 NUM_CRITICS = 2
-MAX_ACTION_DIFFERENCE = 1e-5
+MAX_ACTION_DIFFERENCE = checkpoints.GOLDEN_TOLERANCE
 LOG_STD_RANGE = (-5.0, 2.0)
 MAX_LOG_STD_OUTSIDE = 0.01  # share of entries out of range from which conversion is refused
 _CRITIC_NORMS = ("input_norm", "hidden_norm")

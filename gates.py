@@ -48,7 +48,7 @@ from preprocess.submission import Preprocessor
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number a, times max(1, |a|)
 ROTATION_LIMIT = 1e-5  # metres and units of gravity; the official quaternion is float32
-ACTION_LIMIT = 1e-5
+ACTION_LIMIT = checkpoints.GOLDEN_TOLERANCE
 LOG_STD_RANGE = (-5.0, 2.0)
 _TURNS = 20  # robots turned per task to prove the quaternion's order
 _TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
