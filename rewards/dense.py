@@ -32,7 +32,7 @@ class DenseWeights:
     torque: float = -0.015  # sum of squared torques over limits
     action_rate: float = -0.005  # sum of squared action differences
     joint_vel: float = -0.00001  # sum of squared joint velocities
-    fallen: float = -3.0  # once
+    fallen: float = -5.0  # once
     ball_done: float = 6.0  # once, where the task is over without a fall: what standing on would have earned
     success: float = 1.0  # once
 
