@@ -29,7 +29,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,15 @@ STAGES = ("pretrained", "converted", "finetuned")
 FORMAT = "booster-soccer checkpoint"
 SCHEMA_VERSION = 1
 GOLDEN_PAIRS = 16
-GOLDEN_TOLERANCE = 1e-5  # largest difference of an action, out of [-1, 1]
+# Largest difference of an action, out of [-1, 1]: float32 sums in another order differ by 1e-5 once a policy kicks
+# hard (measured 1.1e-5 after 11 M steps); a wrong weight by 1e-2.
+GOLDEN_TOLERANCE = 1e-4
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT_BYTES = 1 << 20  # ours has a few thousand; a foreign one is not worth the memory
 _ARRAYS, _GOLDEN = "arrays.safetensors", "golden.safetensors"
 _ARRAY_FILE = re.compile(r"[a-z][a-z0-9_]*\.safetensors", re.ASCII)  # no separators: stays in the directory
-_OTHER_PLACE = "free space, make the place writable, or choose another output directory"
+OTHER_PLACE = "free space, make the place writable, or choose another output directory"
 _OTHER_NAME = "choose another output directory"
 _OTHER_CODE = "use the code that wrote it, or train again"
 _AGAIN = "write the checkpoint again"
@@ -94,6 +96,10 @@ class Checkpoint:
     golden_actions: np.ndarray  # (16, 12) float32, in [-1, 1]
     manifest: dict[str, Any]
     hash: str  # first 16 hex digits of the manifest's SHA-256: names this checkpoint in its descendants
+
+
+class WrongRun(UserError):
+    """A saved state is whole, but another run's: the one before it would be no better."""
 
 
 # --- writing ----------------------------------------------------------------------------------------
@@ -159,7 +165,7 @@ def save(
         _check_table(target, name, table)
     _check_names(target, stage, tables[_ARRAYS])
     _check_golden(target, tables[_ARRAYS], tables[_GOLDEN])
-    with _os_errors(f"write checkpoint {target}", "the last one is kept; " + _OTHER_PLACE):
+    with os_errors(f"write checkpoint {target}", "the last one is kept; " + OTHER_PLACE):
         _check_target(target, stage, parent, overwrite)
         writing = _beside(target, "writing")
         _remove(writing)  # what a killed save left
@@ -168,15 +174,15 @@ def save(
             for name, table in tables.items():
                 content = safetensors.numpy.save(table)
                 manifest["files"][name] = hashlib.sha256(content).hexdigest()
-                _write(writing / name, content)
-            _write(writing / MANIFEST, _manifest_bytes(manifest))
-            _sync_directory(writing)
+                write_file(writing / name, content)
+            write_file(writing / MANIFEST, _manifest_bytes(manifest))
+            sync_directory(writing)
         except OSError:
             shutil.rmtree(writing, ignore_errors=True)  # on a full disk the room is needed
             raise
         _step_aside(target)
         _move(writing, target)
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     return Path(path)
 
 
@@ -187,13 +193,13 @@ def check_output_dir(path: Path | str) -> None:
     permission to write.
     """
     target = _real(path)
-    with _os_errors(f"use {target}", _OTHER_PLACE):
+    with os_errors(f"use {target}", OTHER_PLACE):
         _refuse_something_else(target)
         place = target.parent
         while not os.path.lexists(place):
             place = place.parent
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-            raise UserError(f"cannot write into {place}: {_OTHER_PLACE}")
+            raise UserError(f"cannot write into {place}: {OTHER_PLACE}")
 
 
 def _check_target(target: Path, stage: str, parent: Checkpoint | None, overwrite: bool) -> None:
@@ -313,19 +319,20 @@ def _move(source: Path, target: Path) -> None:
             if entry.is_dir():
                 shutil.copytree(entry, target / entry.name)
             else:
-                _write(target / entry.name, entry.read_bytes())
-        _sync_directory(target)
+                write_file(target / entry.name, entry.read_bytes())
+        sync_directory(target)
         _remove(source)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a new file and flush it to disk."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Flush a directory's entries to disk, on the volumes that can."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -338,7 +345,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors(doing: str, remedy: str) -> Iterator[None]:
+def os_errors(doing: str, remedy: str) -> Iterator[None]:
     """Turn an error of the file system into one line for the user."""
     try:
         yield
@@ -354,7 +361,7 @@ def load(path: Path | str, stages: tuple[str, ...] | None = None, verify: bool =
 
     Every byte is held against the checksums. Refused too: another format, schema, observation layout or PD
     layer, a stage not in `stages`, arrays that are not finite, and, unless `verify` is off, a policy that
-    does not give the golden actions within 1e-5.
+    does not give the golden actions within 1e-4.
     """
     path = Path(path)
     manifest, digest = _read_manifest(path)
@@ -393,17 +400,41 @@ def load_extra(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
     return _parse_table(checkpoint.path, file, _read_content(checkpoint.path, checkpoint.manifest, file))
 
 
-def load_latest(path: Path | str, stages: tuple[str, ...] | None = None, verify: bool = True) -> Checkpoint:
-    """The checkpoint in `path`, or where that is missing or damaged the one before, with a warning."""
+def places(path: Path | str) -> tuple[Path, Path]:
+    """Where a run's saved state lies: the newest, and the one before (alone, if a save was killed between)."""
+    return Path(path), _beside(_real(path), "previous")
+
+
+def load_latest(
+    path: Path | str,
+    stages: tuple[str, ...] | None = None,
+    verify: bool = True,
+    accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
+) -> Checkpoint:
+    """The checkpoint in `path`, or where that is missing or damaged the one before, with a warning.
+
+    `accept` takes up what else belongs to a checkpoint; with a `UserError` it refuses it as damaged, with a
+    `WrongRun` it ends the search.
+    """
+
+    def attempt(place: Path) -> Checkpoint:
+        checkpoint = load(place, stages, verify)
+        accept(checkpoint)
+        return checkpoint
+
+    path, previous = places(path)
     try:
-        return load(path, stages, verify)
+        return attempt(path)
+    except WrongRun:
+        raise
     except UserError as error:
         newest = error
-    previous = _beside(_real(path), "previous")
     if not os.path.exists(previous):
         raise newest
     try:
-        checkpoint = load(previous, stages, verify)
+        checkpoint = attempt(previous)
+    except WrongRun:
+        raise
     except UserError as error:
         raise UserError(f"{newest}; and the one before: {error}") from error
     print(f"warning: {newest}; going on from the one before, {previous}", file=sys.stderr)
@@ -413,7 +444,7 @@ def load_latest(path: Path | str, stages: tuple[str, ...] | None = None, verify:
 def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
     """The manifest of a directory, whole and well-typed, and the checkpoint's hash."""
     damaged = UserError(f"checkpoint {path}: {MANIFEST} is damaged; {_OTHER_COPY}")
-    with _os_errors(f"read checkpoint {path}", _OTHER_COPY):
+    with os_errors(f"read checkpoint {path}", _OTHER_COPY):
         if not path.is_dir():
             raise UserError(f"checkpoint {path} is not there: check the path, or run the stage before")
         if not (path / MANIFEST).is_file():
@@ -435,7 +466,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
 
 def _read_content(path: Path, manifest: dict[str, Any], name: str) -> bytes:
     """The bytes of one file, if they are those that were written."""
-    with _os_errors(f"read {name} of checkpoint {path}", _OTHER_COPY):
+    with os_errors(f"read {name} of checkpoint {path}", _OTHER_COPY):
         if not (path / name).is_file():
             raise UserError(f"checkpoint {path}: {name} is missing; {_OTHER_COPY}")
         content = (path / name).read_bytes()

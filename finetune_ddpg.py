@@ -4,8 +4,9 @@
     python finetune_ddpg.py --from-scratch --out runs/scratch
 
 Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with `--from-scratch`.
-Output: a "finetuned" checkpoint; until it is there, `<out>.resume`, from which `--resume` goes on after a
-kill. The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or, with
+Output: a "finetuned" checkpoint; until it is there, `<out>.resume` and `<out>.replay`, from which `--resume`
+goes on after a kill: on a CPU to the very bits of a run never killed. SIGTERM: the state is saved, and the
+process ends within 10 s with status 143 (in the warm-up nothing is saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or, with
 `--backend official`, by themselves, one process a lane.
 
 Deep deterministic policy gradient (Lillicrap et al. 2016): a deterministic actor, exploration noise on its
@@ -22,7 +23,6 @@ platform; only the first stops the bootstrap.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import checkpoints
 import errors
+import resume
 from convert_jax2torch import check_new, critics_from_arrays, fold_normalizer, load_module
 from envs import constants as c
 from envs.lanes import BACKENDS, Lanes, LaneStep, check_num_lanes, episode_seed
@@ -51,13 +52,16 @@ from models.numpy_policy import LAYERS, policy_from_arrays
 from models.torch_networks import Actor, Critic
 from preprocess.observation import OBS_SIZE
 from preprocess.symmetry import mirror_action, mirror_observation
+from replay import Replay, Segments
 from rewards.annealing import anneal
 from rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
 _MIN_OBS_SCALE = 0.1  # features that hardly vary in the warm-up must not get huge steps
-_SAVE_INTERVAL_S = 300.0  # never more often, however fast the steps
+# Of one transition: the two parts of its reward are kept apart, and mixed when sampled.
+_ROW_SHAPES = {"obs": (OBS_SIZE,), "action": (c.NUM_JOINTS,), "dense": (), "score": (), "next_obs": (OBS_SIZE,),
+               "terminated": ()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ class Config:
     validation_episodes: int | None = None  # per task, the same for the start and every candidate
     confirmation_episodes: int | None = None  # per task, for the last comparison, on other seeds
     validate_every: int | None = None  # steps
-    log_every: int | None = None  # steps; a state to resume from is written at most this often
+    log_every: int | None = None  # steps
+    checkpoint_every: int = 200_000  # steps between saved states ...
+    checkpoint_interval_s: float = 120.0  # ... and the least time between them
+    keep_state: bool = False  # leave the last saved state there at the end
 
 
 # Measured times and scores: docs/experiments.md.
@@ -287,6 +294,12 @@ class Learner:
                 if path.startswith(f"{name}."):
                     index, key = path.removeprefix(f"{name}.").split(".")
                     entries.setdefault(int(index), {})[key] = torch.as_tensor(value)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index, entry in entries.items():
+                shape = parameters[index].shape
+                shapes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+                if {key: value.shape for key, value in entry.items()} != shapes:
+                    raise ValueError(f"{name} {index} has other shapes")
             optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -323,53 +336,18 @@ def random_arrays(seed: int, obs_mean: np.ndarray, obs_scale: np.ndarray) -> dic
     return _named_arrays({"actor": actor, "critic": critics, "target_critic": critics})
 
 
-class Replay:
-    """Transitions in a ring, the two parts of their reward apart."""
-
-    def __init__(self, size: int):
-        self.arrays = {
-            "obs": np.zeros((size, OBS_SIZE), np.float32),
-            "action": np.zeros((size, c.NUM_JOINTS), np.float32),
-            "dense": np.zeros(size, np.float32),
-            "score": np.zeros(size, np.float32),
-            "next_obs": np.zeros((size, OBS_SIZE), np.float32),
-            "terminated": np.zeros(size, np.float32),
-        }
-        self.size = size
-        self.added = 0
-
-    def __len__(self) -> int:
-        return min(self.added, self.size)
-
-    def add(self, **rows: np.ndarray) -> None:
-        """Append B transitions, each array with a leading axis B."""
-        count = len(rows["obs"])
-        where = (self.added + np.arange(count)) % self.size
-        for name, values in rows.items():
-            self.arrays[name][where] = values
-        self.added += count
-
-    def sample(self, rng: np.random.Generator, count: int, alpha: float, beta: float, mirror: bool) -> dict:
-        """`count` transitions, as arrays named like `Batch`; half of them mirrored if `mirror`."""
-        where = rng.integers(len(self), size=count)
-        rows = {name: values[where] for name, values in self.arrays.items()}
-        if mirror:
-            half = slice(count // 2)
-            for name in ("obs", "next_obs"):
-                rows[name][half] = mirror_observation(rows[name][half])
-            rows["action"][half] = mirror_action(rows["action"][half])
-        rows["reward"] = alpha * rows.pop("dense") + beta * rows.pop("score")
-        return rows
-
-    def state(self) -> dict[str, np.ndarray]:
-        """The filled part, and how much was ever added."""
-        return {name: values[: len(self)] for name, values in self.arrays.items()} | {"added": np.array(self.added)}
-
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Bring back what `state` gave, into a ring of the same size."""
-        self.added = int(state["added"])
-        for name, values in self.arrays.items():
-            values[: len(self)] = state[name]
+def sample(
+    replay: Replay, rng: np.random.Generator, count: int, alpha: float, beta: float, mirror: bool
+) -> dict[str, np.ndarray]:
+    """`count` transitions, as arrays named like `Batch`; half of them mirrored if `mirror`."""
+    rows = replay.sample(rng, count)
+    if mirror:
+        half = slice(count // 2)
+        for name in ("obs", "next_obs"):
+            rows[name][half] = mirror_observation(rows[name][half])
+        rows["action"][half] = mirror_action(rows["action"][half])
+    rows["reward"] = alpha * rows.pop("dense") + beta * rows.pop("score")
+    return rows
 
 
 # --- judging ------------------------------------------------------------------------------------------
@@ -427,9 +405,15 @@ def is_better(candidate: np.ndarray, start: np.ndarray) -> bool:
 class Statistics:
     """Means since the last line of the log."""
 
-    def __init__(self):
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+    def __init__(self, state: dict[str, np.ndarray] | None = None):
+        """Empty, or what `state` gave."""
+        state = state or {}
+        self._sums = {name: float(value[0]) for name, value in state.items()}
+        self._counts = {name: int(value[1]) for name, value in state.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Sum and count (2,) float64 of each quantity."""
+        return {name: np.array([self._sums[name], self._counts[name]], np.float64) for name in self._sums}
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Add values (B,) of one quantity."""
@@ -443,15 +427,20 @@ class Statistics:
         return means
 
 
+_COUNTERS = ("step", "best_step", "logged", "validated", "saved")  # of `Run`
+
+
 class Run:
     """What one fine-tuning run carries from step to step."""
 
     def __init__(self, config: Config, lanes: Lanes):
         self.config, self.lanes = config, lanes
         self.rng = np.random.default_rng(config.seed)
-        self.replay = Replay(config.buffer_size)
+        self.replay = Replay(config.buffer_size, _ROW_SHAPES)
+        self.segments = Segments(config.out.with_name(f"{config.out.name}.replay"))
         self.statistics = Statistics()
         self.step = 0
+        self.logged = self.validated = self.saved = 0  # the steps at which that was done last
         self.history: list[dict] = []  # one entry per line of the log
         self.learner: Learner
         self.start_arrays: dict[str, np.ndarray]
@@ -501,7 +490,7 @@ class Run:
         alpha, beta = anneal(self.step, config.total_steps)
         metrics = {}
         for _ in range(updates):
-            rows = self.replay.sample(self.rng, config.batch_size, alpha, beta, config.mirror)
+            rows = sample(self.replay, self.rng, config.batch_size, alpha, beta, config.mirror)
             batch = Batch(**{name: self.learner.tensor(values) for name, values in rows.items()})
             metrics = self.learner.update(batch, layers)
         for name, value in metrics.items():  # of the last one: reading a value makes a GPU wait
@@ -509,6 +498,7 @@ class Run:
 
     def log(self) -> dict[str, float]:
         """One line of the log: the means since the last one, kept in the history."""
+        self.logged = self.step
         line = {"step": self.step} | self.statistics.take()
         self.history.append(line)
         alpha, beta = anneal(self.step, self.config.total_steps)
@@ -526,54 +516,93 @@ class Run:
 
     # --- resuming -------------------------------------------------------------------------------------
 
-    def save(self, path: Path, parent: checkpoints.Checkpoint | None) -> None:
-        """Write all that `restore` needs, as a checkpoint of the present policy."""
+    def save(
+        self, path: Path, parent: checkpoints.Checkpoint | None, lanes: dict[str, np.ndarray] | None = None
+    ) -> None:
+        """Write all that `restore` needs, as a checkpoint of the present policy; `lanes` if they cannot be asked."""
+        self.saved = self.step
         networks = {f"start.{name}": value for name, value in self.start_arrays.items()}
         if self.best_arrays is not None:
             networks |= {f"best.{name}": value for name, value in self.best_arrays.items()}
         scores = {f"start_scores.{name}": value for name, value in self.start_scores._asdict().items()}
         if self.best_scores is not None:
             scores |= {f"best_scores.{name}": value for name, value in self.best_scores._asdict().items()}
-        lanes = self.lanes.state() | {"obs": self.obs, "previous_action": self.previous_action}
-        progress = {
-            "finetune_steps": self.step,
-            "history": self.history,
-            "best_step": self.best_step,
-            "rng": json.dumps(self.rng.bit_generator.state),
-        }
+        lanes = self.lanes.state() if lanes is None else lanes
+        table = self.segments.write(self.replay)
         extra = {
             "learner": self.learner.state(),
-            "replay": self.replay.state(),
+            "replay": table,
             "kept": networks | scores,
-            "lanes": lanes,
+            "lanes": lanes | {"obs": self.obs, "previous_action": self.previous_action},
+            "progress": self._progress(),
+            "statistics": self.statistics.state(),
         }
-        write(path, self, self.learner.arrays(), parent, progress, extra, overwrite=True)
+        write(path, self, self.learner.arrays(), parent, {"history": self.history}, extra, overwrite=True)
+        tables = [table]
+        with contextlib.suppress(UserError):  # there is none before, or none that can be read
+            previous = checkpoints.load(checkpoints.places(path)[1], ("finetuned",), verify=False)
+            tables.append(checkpoints.load_extra(previous, "replay"))
+        self.segments.delete_all_but(*tables)
+
+    def _progress(self) -> dict[str, np.ndarray]:
+        counters = {name: np.array(getattr(self, name)) for name in _COUNTERS}
+        return counters | {"added": np.array(self.replay.added), "rng": resume.rng_array(self.rng)}
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Take up the run where `save` left it."""
-        kept = checkpoints.load_extra(checkpoint, "kept")
-        learner = checkpoints.load_extra(checkpoint, "learner")
-        lanes = checkpoints.load_extra(checkpoint, "lanes")
-        progress = checkpoint.manifest["metrics"]
+        tables = {name: checkpoints.load_extra(checkpoint, name)
+                  for name in ("kept", "learner", "lanes", "progress", "statistics", "replay")}  # fmt: skip
+        kept, learner, lanes, progress = (tables[name] for name in ("kept", "learner", "lanes", "progress"))
+        what = f"{checkpoint.path}: the saved state"
+        resume.check_like(progress, self._progress(), what)
+        state = self.lanes.state() | {"obs": np.zeros((len(self.lanes.task), OBS_SIZE), np.float32)}
+        resume.check_like(lanes, state | {"previous_action": self.previous_action}, what)
 
         def named(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
 
-        self.step, self.best_step, self.history = (
-            progress[name] for name in ("finetune_steps", "best_step", "history")
-        )
-        self.rng.bit_generator.state = json.loads(progress["rng"])
-        self.replay.restore(checkpoints.load_extra(checkpoint, "replay"))
-        self.start_arrays, self.start_scores = named("start."), Scores(**named("start_scores."))
+        def scores(prefix: str) -> Scores:
+            table = np.zeros((c.NUM_TASKS, self.config.validation_episodes))
+            resume.check_like(named(prefix), dict.fromkeys(Scores._fields, table), what)
+            return Scores(**named(prefix))
+
+        lengths = lanes["lane_length"]
+        if min(lanes["lane_episode"].min(), lengths.min()) < 0 or lengths.max() > c.EPISODE_ACTIONS:
+            raise UserError(f"{what} holds impossible episodes: use an older one")
+        if any(value.shape != (2,) or value.dtype != np.float64 for value in tables["statistics"].values()):
+            raise UserError(f"{what}: its statistics are no sums: use the code that wrote it")
+        if not isinstance(checkpoint.manifest["metrics"].get("history"), list):
+            raise UserError(f"{what} has no history: use the code that wrote it")
+        self.replay = Replay(self.config.buffer_size, _ROW_SHAPES)
+        self.segments.read(tables["replay"], self.replay, int(progress["added"]))
+        self.start_arrays, self.start_scores = named("start."), scores("start_scores.")
         if best := named("best."):
-            self.best_arrays, self.best_scores = best, Scores(**named("best_scores."))
-        arrays = checkpoint.arrays | learner
-        self.learner = Learner(self.config, arrays, learner["obs_mean"], learner["obs_scale"])
-        self.learner.restore_optimizers(learner)
+            self.best_arrays, self.best_scores = best, scores("best_scores.")
+        with _as_user_error(what):
+            mean, scale = (learner[name].reshape(OBS_SIZE) for name in ("obs_mean", "obs_scale"))
+            for arrays in (self.start_arrays, best, checkpoint.arrays | learner):
+                if arrays:
+                    self.learner = Learner(self.config, arrays, mean, scale)  # refuses other networks
+            self.learner.restore_optimizers(learner)
+        for name in _COUNTERS:
+            setattr(self, name, int(progress[name]))
+        resume.restore_rng(self.rng, progress["rng"])
+        self.history = checkpoint.manifest["metrics"]["history"]
+        self.statistics = Statistics(tables["statistics"])
         self.previous_action = lanes["previous_action"]
         self.obs, self.reading = self.lanes.restore(lanes)
         if not np.array_equal(self.obs, lanes["obs"]):
             print("warning: the running episodes did not repeat exactly (another machine?): going on all the same")
+
+
+@contextlib.contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """Arrays with wrong names or shapes, as PyTorch reports them, in one line."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
+        message = str(error).replace("\n", " ")[:100]
+        raise UserError(f"{what} does not fit these networks ({message}): use the code that wrote it") from error
 
 
 def write(
@@ -624,42 +653,59 @@ def warm_up(run: Run, arrays: dict[str, np.ndarray] | None) -> None:
     run.log()
 
 
-def train(run: Run, save_path: Path, parent: checkpoints.Checkpoint | None) -> None:
-    """Fine-tune to the last step; the best candidate stays in `run`."""
+def train(run: Run, save_path: Path, parent: checkpoints.Checkpoint | None, stop: resume.StopSignal) -> None:
+    """Fine-tune to the last step; the best candidate stays in `run`. On SIGTERM the state is saved, then `Stopped`."""
     config = run.config
     last_save_s = time.monotonic()
     bar = tqdm(total=config.total_steps, initial=run.step, unit="step", disable=not sys.stderr.isatty())
     with bar:
-        while run.step < config.total_steps:
+        while True:
+            # First what is due at this step, so that a run which goes on finds it due as well.
+            finished = run.step >= config.total_steps
+            if run.step > run.validated and (finished or _passes(run, config.validate_every)):
+                lanes = run.lanes.state()  # they cannot be asked while they validate
+                try:
+                    consider(run, stop)
+                except resume.Stopped:
+                    run.save(save_path, parent, lanes)
+                    raise
+            if run.step > run.logged and (finished or _passes(run, config.log_every)):
+                line = run.log()
+                if not np.isfinite(line.get("critic_loss", 0.0)):
+                    tqdm.write(f"warning: training diverged before step {run.step}; only what came before counts")
+                    return
+            since_s = time.monotonic() - last_save_s
+            due = run.step - run.saved >= config.checkpoint_every and since_s >= config.checkpoint_interval_s
+            if stop.received or due or (finished and run.step > run.saved):
+                run.save(save_path, parent)
+                last_save_s = time.monotonic()
+            if stop.received:
+                raise resume.Stopped
+            if finished:
+                return
             action = run.send_actions(run.learner.act(run.obs))
             run.update(config.updates_per_round, trainable_layers(run.step, config))  # while the lanes move
             run.receive(action)
             run.step += config.num_lanes
             bar.update(config.num_lanes)
-            finished = run.step >= config.total_steps
-            if finished or _passes(run, config.validate_every):
-                consider(run)
-            if finished or _passes(run, config.log_every):
-                line = run.log()
-                if not np.isfinite(line.get("critic_loss", 0.0)):
-                    tqdm.write(f"warning: training diverged before step {run.step}; only what came before counts")
-                    return
-                if not finished and time.monotonic() - last_save_s >= _SAVE_INTERVAL_S:
-                    run.save(save_path, parent)
-                    last_save_s = time.monotonic()
 
 
 def _passes(run: Run, every: int) -> bool:
-    """Whether this round of all lanes reached a multiple of `every` steps."""
+    """Whether the last round of all lanes reached a multiple of `every` steps."""
     return run.step // every > (run.step - run.config.num_lanes) // every
 
 
-def consider(run: Run) -> None:
+def consider(run: Run, stop: resume.StopSignal) -> None:
     """Validate the present policy; keep it if it is the best so far and above the start."""
     arrays = run.learner.arrays()
-    if not all(np.isfinite(value).all() for value in arrays.values()):
-        return
-    scores = validate(run.config, run.lanes, arrays, _VALIDATION)
+    if all(np.isfinite(value).all() for value in arrays.values()):
+        with stop.interrupting():
+            scores = validate(run.config, run.lanes, arrays, _VALIDATION)
+        _judge(run, arrays, scores)
+    run.validated = run.step
+
+
+def _judge(run: Run, arrays: dict[str, np.ndarray], scores: Scores) -> None:
     mean, standard_error = gain(scores.scores, run.start_scores.scores)
     tqdm.write(
         f"  validation at {run.step:,}: {_text(scores)} | start {run.start_scores.mean:+.3f}, "
@@ -711,30 +757,35 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _resume_places(path: Path) -> tuple[Path, Path]:
-    """The saved state, and the one before: it is alone if a save was killed between two renames."""
-    return path, path.with_name(f"{path.name}.previous")
+# What may differ between a run and its continuation; everything else decides the numbers.
+_FREE = ("out", "checkpoint", "preset", "resume", "device", "log_every", "checkpoint_every", "checkpoint_interval_s",
+         "keep_state")  # fmt: skip
 
 
-def find_resume(config: Config, path: Path, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint | None:
-    """The saved state to go on from, or None for a new run."""
-    if not any(place.exists() for place in _resume_places(path)):
+def check_start(config: Config, path: Path) -> bool:
+    """Whether there is a saved state to go on from; a new run never goes over an old one."""
+    if not any(place.exists() for place in checkpoints.places(path)):
         if config.resume:
-            print(f"{path} is not there: starting from the beginning")
-        return None
+            print(f"{path} is not there: starting from the beginning", flush=True)
+        return False
     if not config.resume:
         raise UserError(f"{path} holds an unfinished run: give --resume to go on with it, or move it away")
-    saved = checkpoints.load_latest(path, ("finetuned",))
-    if saved.manifest["parent"] != (parent and {"stage": parent.stage, "hash": parent.hash}):
-        raise UserError(f"{path} is a run that started from another checkpoint: give that one, or another --out")
-    theirs, ours = saved.manifest["config"], json.loads(json.dumps(asdict(config), default=str))
-    for name in ours.keys() - {"out", "checkpoint", "resume", "device"}:
-        if theirs.get(name) != ours[name]:
-            raise UserError(
-                f"{path} was run with {name} = {theirs.get(name)}, not {ours[name]}: "
-                "give the same settings, or another --out"
+    return True
+
+
+def resume_run(run: Run, path: Path, parent: checkpoints.Checkpoint | None) -> None:
+    """Go on from the newest state that is whole."""
+
+    def take_up(saved: checkpoints.Checkpoint) -> None:
+        if saved.manifest["parent"] != (parent and {"stage": parent.stage, "hash": parent.hash}):
+            raise checkpoints.WrongRun(
+                f"{path} is a run that started from another checkpoint: give that one, or another --out"
             )
-    return saved
+        resume.check_settings(saved, asdict(run.config), _FREE)
+        run.restore(saved)
+
+    checkpoints.load_latest(path, ("finetuned",), accept=take_up)
+    print(f"resuming at step {run.step:,}", flush=True)
 
 
 def main(config: Config) -> Path:
@@ -752,20 +803,27 @@ def main(config: Config) -> Path:
     parent = None
     if config.checkpoint is not None:
         parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
-    saved = find_resume(config, resume_path, parent)
+    goes_on = check_start(config, resume_path)
 
     lanes = Lanes(config.backend, config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
-    with lanes, _one_torch_thread():
+    with resume.StopSignal() as stop, lanes, _one_torch_thread():
         run = Run(config, lanes)
-        if saved is not None:
-            run.restore(saved)
-            print(f"resuming at step {run.step:,}")
-        else:
-            warm_up(run, None if parent is None else parent.arrays)
-            run.start_scores = validate(config, lanes, run.start_arrays, _VALIDATION)
-            print(f"start policy in validation: {_text(run.start_scores)}")
-        train(run, resume_path, parent)
-        arrays, verdict = choose(run)
+        try:
+            if goes_on:
+                resume_run(run, resume_path, parent)
+            else:
+                with stop.interrupting():
+                    warm_up(run, None if parent is None else parent.arrays)
+                    run.start_scores = validate(config, lanes, run.start_arrays, _VALIDATION)
+                print(f"start policy in validation: {_text(run.start_scores)}", flush=True)
+                run.save(resume_path, parent)  # the warm-up is long
+            train(run, resume_path, parent, stop)
+            with stop.interrupting():
+                arrays, verdict = choose(run)
+        except resume.Stopped:
+            where = f"--resume goes on from step {run.saved:,}" if resume_path.exists() else "--resume starts over"
+            print(f"SIGTERM: {where}", flush=True)
+            raise SystemExit(resume.STOPPED) from None
     metrics = verdict | {
         "finetune_steps": run.step,
         "warmup_steps": config.warmup_steps,
@@ -773,9 +831,11 @@ def main(config: Config) -> Path:
         "history": run.history,
     }
     path = write(config.out, run, arrays, parent, metrics)
-    for leftover in _resume_places(resume_path):
-        if (leftover / checkpoints.MANIFEST).exists():
-            shutil.rmtree(leftover)
+    if not config.keep_state:
+        for leftover in checkpoints.places(resume_path):
+            if (leftover / checkpoints.MANIFEST).exists():
+                shutil.rmtree(leftover)
+        run.segments.delete_all_but()
     print(path)
     return path
 

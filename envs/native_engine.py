@@ -11,9 +11,10 @@ import numpy as np
 from mujoco import rollout
 
 from envs import constants as c
-from envs.randomization import Randomizer
+from envs.randomization import Physics, Randomizer
 from envs.scene import addresses, load_native_model, sensor_slices
 from envs.tasks import View
+from resume import check_like, restore_rng, rng_array
 
 
 class NativeEngine:
@@ -21,9 +22,12 @@ class NativeEngine:
 
     def __init__(self, num_envs: int, num_threads: int = 2, dr_level: int = 0, seed: int = 0):
         model = load_native_model()
+        # MuJoCo's own way is to append to a file in the working directory; `step` reports broken lanes itself.
+        mujoco.set_mju_user_warning(_ignore)
         self.num_envs = num_envs
         self._randomizer = Randomizer(model, dr_level)
-        self._rng = np.random.default_rng(seed)
+        # One generator a lane, so that a lane's physics does not depend on how often the others are reset.
+        self._rngs = [np.random.default_rng((seed, lane)) for lane in range(num_envs)]
         # One model a lane only where they differ; models share nothing that is written.
         self._models = [model] if dr_level == 0 else [copy.copy(model) for _ in range(num_envs)]
         self._pool = rollout.Rollout(nthread=num_threads)
@@ -31,6 +35,7 @@ class NativeEngine:
         address, sensor = addresses(model), sensor_slices(model)
         self._joint_q = address.joint_q
         self._nq, self._nv = model.nq, model.nv
+        self._timestep_s = model.opt.timestep
         self._ball_contact = np.concatenate(
             [
                 np.arange(s.start, s.stop)
@@ -58,7 +63,7 @@ class NativeEngine:
             return
         if len(self._models) > 1:
             for lane in lanes:
-                for name, value in self._randomizer.draw(self._rng)._asdict().items():
+                for name, value in self._randomizer.draw(self._rngs[lane])._asdict().items():
                     getattr(self._models[lane], name)[:] = value
         state = np.concatenate([np.zeros((len(lanes), 1)), qpos, qvel], axis=1)
         # Sensors of the state itself are those of the first step's start; the step is thrown away. With the
@@ -76,6 +81,11 @@ class NativeEngine:
         states, sensordata = self._pool.rollout(
             self._model_list(lanes), self._datas, self.state, control, nstep=c.PHYSICS_STEPS_PER_ACTION
         )
+        # On NaN or huge numbers MuJoCo starts again by itself, from the model's zero pose, and only the clock
+        # tells. The rules must see the break, so the lane's numbers become NaN until it is reset.
+        expected_s = self.state[:, 0] + c.PHYSICS_STEPS_PER_ACTION * self._timestep_s
+        broken = ~(np.abs(states[:, -1, 0] - expected_s) < 0.5 * self._timestep_s)
+        states[broken], sensordata[broken] = np.nan, np.nan
         self.state = states[:, -1]
         self.sensordata = sensordata[:, -1]
         self.touched = (sensordata[:, :, self._ball_contact] > 0).any(axis=(1, 2))
@@ -86,3 +96,26 @@ class NativeEngine:
         qvel = self.state[:, 1 + self._nq :]
         f32 = np.float32
         return View(qpos.astype(f32), qvel.astype(f32), self.sensordata.astype(f32), self.touched.copy())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that later steps depend on, as arrays: there is no warm start between calls."""
+        arrays = {"state": self.state, "sensordata": self.sensordata, "touched": self.touched}
+        if len(self._models) > 1:
+            arrays["rng"] = np.stack([rng_array(rng) for rng in self._rngs])
+            arrays |= {name: np.stack([getattr(m, name) for m in self._models]) for name in Physics._fields}
+        return arrays
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from what `arrays` gave on an engine of the same settings."""
+        check_like(arrays, self.arrays(), "the saved state of the lanes")
+        self.state, self.sensordata = arrays["state"].copy(), arrays["sensordata"].copy()
+        self.touched = arrays["touched"].copy()
+        if len(self._models) > 1:
+            for lane, model in enumerate(self._models):
+                restore_rng(self._rngs[lane], arrays["rng"][lane])
+                for name in Physics._fields:
+                    getattr(model, name)[:] = arrays[name][lane]
+
+
+def _ignore(warning: str) -> None:
+    """Take a warning of MuJoCo's."""

@@ -605,7 +605,7 @@ class Interrupter:
         self.count, self.stop_before, self.error = 0, stop_before, error
         for name in ("rename", "unlink", "rmdir", "mkdir", "makedirs", "fsync"):
             monkeypatch.setattr(os, name, self.counted(getattr(os, name), name, can_rename))
-        write = checkpoints._write
+        write = checkpoints.write_file
 
         def torn_write(path: Path, content: bytes) -> None:
             if self.count + 1 == self.stop_before:
@@ -613,7 +613,7 @@ class Interrupter:
             self.tick()
             write(path, content)
 
-        monkeypatch.setattr(checkpoints, "_write", torn_write)
+        monkeypatch.setattr(checkpoints, "write_file", torn_write)
 
     def tick(self) -> None:
         self.count += 1

@@ -159,7 +159,7 @@ def rows(count: int, first: int = 0) -> dict[str, np.ndarray]:
 
 
 def test_the_ring_forgets_the_oldest():
-    replay = stage.Replay(4)
+    replay = stage.Replay(4, stage._ROW_SHAPES)
     replay.add(**rows(3))
     assert len(replay) == 3
     replay.add(**rows(3, first=3))
@@ -168,9 +168,9 @@ def test_the_ring_forgets_the_oldest():
 
 
 def test_rewards_are_mixed_when_sampled():
-    replay = stage.Replay(8)
+    replay = stage.Replay(8, stage._ROW_SHAPES)
     replay.add(**rows(8))
-    sample = replay.sample(np.random.default_rng(0), 64, 0.3, 0.7, mirror=False)
+    sample = stage.sample(replay, np.random.default_rng(0), 64, 0.3, 0.7, mirror=False)
     number = sample["obs"][:, 0]
     assert set(sample) == set(stage.Batch._fields)
     np.testing.assert_allclose(sample["reward"], 0.3 * number + 0.7 * 10 * number, rtol=1e-6)
@@ -182,9 +182,9 @@ def test_half_of_a_sample_is_mirrored():
     rng = np.random.default_rng(1)
     row = rows(1) | {name: rng.normal(size=(1, OBS_SIZE)).astype(np.float32) for name in ("obs", "next_obs")}
     row["action"] = rng.normal(size=(1, c.NUM_JOINTS)).astype(np.float32)
-    replay = stage.Replay(1)
+    replay = stage.Replay(1, stage._ROW_SHAPES)
     replay.add(**row)
-    sample = replay.sample(rng, 4, 1.0, 1.0, mirror=True)
+    sample = stage.sample(replay, rng, 4, 1.0, 1.0, mirror=True)
     for name, mirror in (("obs", mirror_observation), ("next_obs", mirror_observation), ("action", mirror_action)):
         np.testing.assert_array_equal(sample[name], np.concatenate([*2 * [mirror(row[name])], *2 * [row[name]]]))
 
@@ -246,9 +246,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         if run.step >= 45:  # in the middle of episodes
             raise Killed
 
-    killed = stage.Config(tmp_path / "killed", from_scratch=True, **SMALL)
+    often = {"checkpoint_every": 15, "checkpoint_interval_s": 0.0}
+    killed = stage.Config(tmp_path / "killed", from_scratch=True, **SMALL, **often)
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_SAVE_INTERVAL_S", 0.0)
         patch.setattr(stage.Run, "save", save_and_die)
         with pytest.raises(Killed):
             stage.main(killed)

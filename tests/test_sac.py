@@ -7,10 +7,13 @@ import pytest
 
 import checkpoints
 import train_mjx_sac as train
+from collect import NativeLoop, Statistics
 from envs import constants as c
+from envs.tasks import Tasks
 from errors import UserError
 from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
+from models.sac import Batch, Sac
 from preprocess.observation import OBS_SIZE
 
 
@@ -47,7 +50,7 @@ def test_normalizer_gives_mean_and_variance():
 
 def test_bandit_actor_finds_the_best_action(tmp_path):
     """One-step episodes with reward -|a - 0.5|^2: the mean action goes to 0.5 and Q to zero."""
-    sac = train.Sac(_config(tmp_path, learning_rate=1e-3, mirror=False))
+    sac = Sac(_config(tmp_path, learning_rate=1e-3, mirror=False))
     state = sac.init(jax.random.key(0))
     update = jax.jit(sac.update_many)
     rng = np.random.default_rng(0)
@@ -55,7 +58,7 @@ def test_bandit_actor_finds_the_best_action(tmp_path):
         action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
         reward = -((action - 0.5) ** 2).sum(-1)
         obs = np.zeros((10, 128, OBS_SIZE), np.float32)
-        state, metrics = update(state, train.Batch(obs, action, reward, obs, np.ones_like(reward)))
+        state, metrics = update(state, Batch(obs, action, reward, obs, np.ones_like(reward)))
     mean = nets.mean_action(state.actor, state.normalizer(jnp.zeros(OBS_SIZE)))
     np.testing.assert_allclose(mean, 0.5, atol=0.2)
 
@@ -63,7 +66,7 @@ def test_bandit_actor_finds_the_best_action(tmp_path):
 @pytest.mark.parametrize("terminated, expected", [(0.0, 1.0 / (1 - 0.5)), (1.0, 1.0)])
 def test_only_termination_stops_the_bootstrap(tmp_path, terminated, expected):
     """Reward 1 for ever at discount 0.5: Q is 2; if every step terminates, Q is 1."""
-    sac = train.Sac(_config(tmp_path, discount=0.5, target_tau=0.1, learning_rate=1e-3, mirror=False))
+    sac = Sac(_config(tmp_path, discount=0.5, target_tau=0.1, learning_rate=1e-3, mirror=False))
     state = sac.init(jax.random.key(0))
     update = jax.jit(sac.update_many)
     rng = np.random.default_rng(0)
@@ -72,7 +75,7 @@ def test_only_termination_stops_the_bootstrap(tmp_path, terminated, expected):
         action = rng.uniform(-1, 1, (*shape, c.NUM_JOINTS)).astype(np.float32)
         obs = np.zeros((*shape, OBS_SIZE), np.float32)
         ones = np.ones(shape, np.float32)
-        state, metrics = update(state, train.Batch(obs, action, ones, obs, ones * terminated))
+        state, metrics = update(state, Batch(obs, action, ones, obs, ones * terminated))
     assert float(metrics["q"]) == pytest.approx(expected, abs=0.1)
 
 
@@ -93,9 +96,9 @@ def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):
 def test_episodes_run_to_their_full_length(tmp_path):
     """After each lane's first episode, cut to stagger the lanes, episodes last `max_actions`."""
     config = train.resolve(_config(tmp_path, num_envs=16, max_actions=12, engine="native"))
-    sac = train.Sac(config)
-    loop = train.NativeLoop(config, sac, train.Tasks())
-    state, statistics = sac.init(jax.random.key(0)), train.Statistics()
+    sac = Sac(config)
+    loop = NativeLoop(config, sac, Tasks())
+    state, statistics = sac.init(jax.random.key(0)), Statistics()
     for _ in range(config.max_actions):
         state, _ = loop.iterate(state, False, statistics)
     statistics.take()

@@ -1,0 +1,200 @@
+"""The soft actor-critic learner: pure functions on one immutable state.
+
+After Haarnoja et al. 2018 (arXiv 1812.05905), with layer norm in the critics and the mean of both as target
+and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and mirrored transitions as
+augmentation.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from errors import UserError
+from models import sac_networks as nets
+from preprocess.observation import OBS_SIZE
+from preprocess.symmetry import mirror_action, mirror_observation
+
+
+class Settings(Protocol):
+    """What the learner reads from a script's configuration."""
+
+    learning_rate: float
+    adam_b2: float
+    weight_decay: float
+    discount: float
+    target_tau: float
+    policy_tau: float
+    target_entropy: float
+    initial_temperature: float
+    mirror: bool  # mirror half of each batch
+
+
+class Batch(NamedTuple):
+    """Transitions, leading axes any."""
+
+    obs: jax.Array  # (..., 87)
+    action: jax.Array  # (..., 12)
+    reward: jax.Array  # (...,)
+    next_obs: jax.Array  # (..., 87) the true next observation, also at an episode's end
+    terminated: jax.Array  # (...,) 1.0 where no bootstrap may happen
+
+
+class SacState(NamedTuple):
+    """Everything the learner carries."""
+
+    actor: dict  # what explores and learns
+    policy: dict  # running average of the actor: what is evaluated and shipped
+    critic: dict
+    target_critic: dict
+    log_alpha: jax.Array
+    actor_opt: optax.OptState
+    critic_opt: optax.OptState
+    alpha_opt: optax.OptState
+    normalizer: nets.Normalizer
+    key: jax.Array
+
+
+class Sac:
+    """Pure SAC functions for one configuration."""
+
+    def __init__(self, config: Settings):
+        self.config = config
+
+        def adam() -> optax.GradientTransformation:
+            return optax.adamw(config.learning_rate, b2=config.adam_b2, weight_decay=config.weight_decay)
+
+        self.actor_opt, self.critic_opt = adam(), adam()
+        self.alpha_opt = optax.adam(config.learning_rate)
+
+    def init(self, key: jax.Array) -> SacState:
+        """Fresh state."""
+        key, actor_key, critic_key = jax.random.split(key, 3)
+        actor, critic = nets.init_actor(actor_key, OBS_SIZE), nets.init_critics(critic_key, OBS_SIZE)
+        log_alpha = jnp.log(jnp.array(self.config.initial_temperature))
+        return SacState(
+            actor=actor,
+            policy=jax.tree.map(jnp.copy, actor),
+            critic=critic,
+            target_critic=jax.tree.map(jnp.copy, critic),
+            log_alpha=log_alpha,
+            actor_opt=self.actor_opt.init(actor),
+            critic_opt=self.critic_opt.init(critic),
+            alpha_opt=self.alpha_opt.init(log_alpha),
+            normalizer=nets.Normalizer.create(OBS_SIZE),
+            key=key,
+        )
+
+    def update(self, state: SacState, batch: Batch) -> tuple[SacState, dict[str, jax.Array]]:
+        """One gradient step on a batch (B, ...)."""
+        config = self.config
+        key, mirror_key, target_key, actor_key = jax.random.split(state.key, 4)
+        if config.mirror:
+            flip = jax.random.bernoulli(mirror_key, 0.5, batch.reward.shape)[:, None]
+            batch = batch._replace(
+                obs=jnp.where(flip, mirror_observation(batch.obs), batch.obs),
+                action=jnp.where(flip, mirror_action(batch.action), batch.action),
+                next_obs=jnp.where(flip, mirror_observation(batch.next_obs), batch.next_obs),
+            )
+        obs, next_obs = state.normalizer(batch.obs), state.normalizer(batch.next_obs)
+        alpha = jnp.exp(state.log_alpha)
+
+        next_action, _ = nets.sample_action(state.actor, next_obs, target_key)
+        next_q = nets.q_values(state.target_critic, next_obs, next_action).mean(0)
+        target = batch.reward + config.discount * (1.0 - batch.terminated) * next_q
+
+        def critic_loss(params):
+            q = nets.q_values(params, obs, batch.action)
+            return ((q - target) ** 2).mean(), q.mean()
+
+        (critic_loss_value, q_mean), grads = jax.value_and_grad(critic_loss, has_aux=True)(state.critic)
+        updates, critic_opt = self.critic_opt.update(grads, state.critic_opt, state.critic)
+        critic = optax.apply_updates(state.critic, updates)
+
+        def actor_loss(params):
+            action, log_prob = nets.sample_action(params, obs, actor_key)
+            return (alpha * log_prob - nets.q_values(critic, obs, action).mean(0)).mean(), log_prob.mean()
+
+        (actor_loss_value, log_prob), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
+        updates, actor_opt = self.actor_opt.update(grads, state.actor_opt, state.actor)
+        actor = optax.apply_updates(state.actor, updates)
+
+        # d/d(log alpha) of -alpha (log_prob + target entropy)
+        alpha_grad = -alpha * (log_prob + config.target_entropy)
+        updates, alpha_opt = self.alpha_opt.update(alpha_grad, state.alpha_opt)
+        state = SacState(
+            actor=actor,
+            policy=_toward(state.policy, actor, config.policy_tau),
+            critic=critic,
+            target_critic=_toward(state.target_critic, critic, config.target_tau),
+            log_alpha=optax.apply_updates(state.log_alpha, updates),
+            actor_opt=actor_opt,
+            critic_opt=critic_opt,
+            alpha_opt=alpha_opt,
+            normalizer=state.normalizer,
+            key=key,
+        )
+        return state, {
+            "critic_loss": critic_loss_value,
+            "actor_loss": actor_loss_value,
+            "q": q_mean,
+            "entropy": -log_prob,
+            "alpha": alpha,
+        }
+
+    def update_many(self, state: SacState, batches: Batch) -> tuple[SacState, dict[str, jax.Array]]:
+        """Gradient steps over batches (K, B, ...); metrics are means over K."""
+        state, metrics = jax.lax.scan(self.update, state, batches)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    def act(self, state: SacState, obs: jax.Array, key: jax.Array) -> jax.Array:
+        """Exploring actions (B, 12) for observations (B, 87)."""
+        return nets.sample_action(state.actor, state.normalizer(obs), key)[0]
+
+
+def _toward(average: dict, new: dict, tau: float) -> dict:
+    """The running average one step of `tau` nearer to the new parameters."""
+    return jax.tree.map(lambda a, x: (1 - tau) * a + tau * x, average, new)
+
+
+def policy_arrays(state: SacState) -> dict[str, np.ndarray]:
+    """The arrays of a "pretrained" checkpoint, which the next stages read."""
+    arrays = nets.flatten("actor", state.policy) | nets.flatten("critic", state.critic)
+    arrays |= nets.flatten("target_critic", state.target_critic)
+    arrays |= {"normalizer.mean": state.normalizer.mean, "normalizer.std": state.normalizer.std,
+               "log_alpha": state.log_alpha}  # fmt: skip
+    return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+
+def warm_start(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:
+    """A fresh learner with another run's networks and normaliser."""
+    std, count = arrays["normalizer.std"], jnp.array(nets.Normalizer.MAX_COUNT)
+    normalizer = nets.Normalizer(count, jnp.asarray(arrays["normalizer.mean"]), jnp.asarray(std) ** 2 * count)
+    return state._replace(
+        actor=nets.unflatten("actor", arrays),
+        policy=nets.unflatten("actor", arrays),
+        critic=nets.unflatten("critic", arrays),
+        target_critic=nets.unflatten("target_critic", arrays),
+        log_alpha=jnp.asarray(arrays["log_alpha"]),
+        normalizer=normalizer,
+    )
+
+
+def state_arrays(state: SacState) -> dict[str, np.ndarray]:
+    """All of the learner's state, leaves numbered in tree order."""
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    return {f"leaf_{i:03d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+
+
+def restore(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:
+    """The learner's state from `state_arrays`, in the structure of a fresh `state`."""
+    template = state._replace(key=jax.random.key_data(state.key))
+    leaves, structure = jax.tree.flatten(template)
+    loaded = [arrays.get(f"leaf_{i:03d}") for i in range(len(leaves))]
+    for leaf, array in zip(leaves, loaded):
+        if array is None or (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            raise UserError("the saved learner is another network's: use the code that wrote it, or another --out")
+    restored = jax.tree.unflatten(structure, [jnp.array(array) for array in loaded])
+    return restored._replace(key=jax.random.wrap_key_data(restored.key))

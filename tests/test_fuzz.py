@@ -1,0 +1,41 @@
+"""The short cut of `benchmarks/fuzz.py`, and whether its watch sees what it is there to see."""
+
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+
+import checkpoints
+from benchmarks import fuzz
+
+
+def test_hostile_inputs_do_no_harm():
+    assert set(fuzz.main(fuzz.Config(examples=210)).values()) == {30}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda place: open(place.parent / "outside", "w").close(),
+        lambda place: open("/etc/hostname").close(),
+        lambda place: subprocess.run([sys.executable, "-c", ""]),
+        lambda place: pickle.loads(pickle.dumps(subprocess.run)),
+    ],
+)
+def test_the_watch_sees_harm(tmp_path, act):
+    sys.addaudithook(fuzz._audit)
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(fuzz.Broken), fuzz.watched(tmp_path / "inside"):
+        act(tmp_path / "inside")
+    with fuzz.watched(tmp_path / "inside"):
+        (tmp_path / "inside" / "file").write_text("allowed")
+
+
+def test_a_loader_without_checksums_is_found_out(tmp_path, monkeypatch):
+    attacks = fuzz.Attacks(tmp_path)
+    monkeypatch.setattr(checkpoints, "_read_content", lambda path, manifest, name: (path / name).read_bytes())
+    with pytest.raises(fuzz.Broken, match="loaded with changed bytes"):
+        for number in range(100):
+            attacks.bytes(random.Random(number))
