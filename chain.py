@@ -40,8 +40,8 @@ START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same epis
 STAYS_UP_STEPS = 1000
 WIDTH = 110  # of the tables, also where the output is a file
 _LEFT_BY_STAGES = (
-    *("pretrain", "pretrain.resume", "pretrain.metrics.jsonl", "converted", "gates.json", "finetuned"),
-    *("finetuned.resume", "evaluations", "submission"),
+    *("pretrain", "pretrain.resume", "pretrain.replay", "pretrain.metrics.jsonl", "converted", "gates.json"),
+    *("finetuned", "finetuned.resume", "finetuned.replay", "evaluations", "submission"),
 )
 
 

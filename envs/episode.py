@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.tasks import Tasks, TaskState, View
-from rewards.dense import DenseWeights, Transition, dense_reward, dense_terms, shot_value
+from rewards.dense import DenseWeights, Transition, approach_distance_m, dense_reward, dense_terms, shot_value
 
 
 class Outcome(NamedTuple):
@@ -31,6 +31,7 @@ def advance(
     r = tasks.read(view)
     events = tasks.events(view, after)
     value = shot_value(r, after)
+    after = after._replace(nearest_approach_m=jnp.minimum(before.nearest_approach_m, approach_distance_m(r, after)))
     raw = dense_terms(Transition(r, before, after, events, action, value))
     reward = dense_reward(raw, weights)
     official = tasks.official_terms(r, after, events)

@@ -289,7 +289,7 @@ class Lanes:
     def close(self) -> None:
         """End the processes; nothing is lost that `state` does not hold."""
         for process in self._processes:
-            process.terminate()
+            process.kill()  # it holds nothing, and ignores SIGTERM
         for process in self._processes:
             process.join()
 
@@ -395,7 +395,8 @@ def _serve(
     connection: Connection, backend: str, task: str, keys: list[tuple[int, ...]], start_noise_rad: float
 ) -> None:
     """A worker process: answer calls of `Player` by name until the connection closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end, after it has saved
+        signal.signal(number, signal.SIG_IGN)
     try:
         player = Player(_ENGINES[backend](task, len(keys)), keys, start_noise_rad)
         while True:

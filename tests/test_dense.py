@@ -21,12 +21,11 @@ def _state(tasks: Tasks, task: str, **changes) -> TaskState:
     return state._replace(**{k: jnp.asarray(v) for k, v in changes.items()})
 
 
-def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=0.0, robot_vel=(0.0, 0.0)) -> Readings:
+def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=0.0) -> Readings:
     zeros = {name: jnp.zeros(3) for name in Readings._fields}
     zeros |= {"joint_pos": jnp.asarray(c.DEFAULT_POSE_RAD), "joint_vel": jnp.zeros(12)}
     zeros |= {
         "imu_pos_w": jnp.array([*robot, 0.65]),
-        "robot_vel_w": jnp.array([*robot_vel, 0.0]),
         "imu_quat_wxyz": jnp.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)]),
         "ball_center_pos_w": jnp.array([*ball, c.BALL_RADIUS_M]),
         "ball_center_vel_w": jnp.asarray(ball_vel, jnp.float32),
@@ -37,9 +36,8 @@ def _readings(ball=(0.0, 0.0), ball_vel=(0.0, 0.0, 0.0), robot=(-2.0, 0.0), yaw=
     return Readings(**zeros)
 
 
-def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0), target=None, **readings):
+def _transition(tasks, task="goalie", events=None, action=None, shot=(0.0, 0.0), **readings):
     state = _state(tasks, task, shot_value=shot[0])
-    state = state if target is None else state._replace(target_pos_w=jnp.asarray(target))
     none = jnp.array(False)
     events = Events(none, none, none, none, none)._replace(**(events or {}))
     action = jnp.zeros(12) if action is None else jnp.asarray(action)
@@ -57,21 +55,29 @@ def test_shot_is_the_change_of_value(tasks):
     assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
 
 
-def test_approach_is_own_speed_clipped_then_constant_while_a_shot_is_under_way(tasks):
-    def approach(**readings):
-        t = _transition(tasks, "target", target=[4.0, 0.0, 0.0], **readings)
+def test_approach_pays_new_ground_only_then_a_constant_while_a_shot_is_under_way(tasks):
+    def approach(before, now, **changes):
+        t = _transition(tasks, "target", **changes)
+        t = t._replace(before=t.before._replace(nearest_approach_m=jnp.array(before)),
+                       after=t.after._replace(nearest_approach_m=jnp.array(now)))  # fmt: skip
         return float(dense.dense_terms(t)["approach"])
 
-    assert approach(robot_vel=(0.5, 0.0)) == pytest.approx(0.5, abs=1e-4)
-    assert approach(robot_vel=(1.5, 0.0)) == 1.0 and approach(robot_vel=(-1.5, 0.0)) == -1.0
-    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.5
-    assert approach(robot_vel=(-1.0, 0.0), ball_vel=(0.31, 0.0, 0.0), shot=(0.0, -0.1)) == -1.0
-    assert approach(robot_vel=(0.0, 0.0), ball_vel=(0.29, 0.0, 0.0)) == 0.0
-    # Between ball and target, 1 m from the ball: circling at 0.3 m/s turns the cosine by 0 there, at a right
-    # angle by 0.3 rad/s, worth 0.36 m/s of detour.
-    assert approach(robot=(1.0, 0.0), robot_vel=(0.0, 0.3)) == pytest.approx(0.0, abs=1e-4)
-    assert approach(robot=(0.0, 1.0), robot_vel=(-0.3, 0.0)) == pytest.approx(0.36, abs=1e-3)
-    assert approach(robot=(0.0, 1.0), robot_vel=(0.3, 0.0)) == pytest.approx(-0.36, abs=1e-3)
+    assert approach(2.0, 1.99) == pytest.approx(0.5, abs=1e-4)  # 10 mm in 20 ms
+    assert approach(2.0, 1.9) == 1.0 and approach(2.0, 2.0) == 0.0
+    assert approach(np.inf, 2.0) == 0.0  # first action
+    assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.5
+    assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, -0.1)) == 0.0
+
+
+def test_the_kicking_position_is_behind_the_ball(tasks):
+    state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0])
+
+    def distance(x, y):
+        return float(dense.approach_distance_m(_readings(robot=(x, y)), state))
+
+    assert distance(-1.0, 0.0) == pytest.approx(1.0, abs=1e-4)
+    assert distance(0.0, 1.0) == pytest.approx(1.0 + 1.2, abs=1e-4)
+    assert distance(1.0, 0.0) == pytest.approx(1.0 + 2.4, abs=1e-4)
 
 
 def test_posture_terms_by_hand(tasks):
