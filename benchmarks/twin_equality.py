@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -68,6 +68,7 @@ class Config:
     steps: int = c.EPISODE_PHYSICS_STEPS  # at most, of each episode
     batch: int = 10  # episodes that the twin plays at once
     workers: int = 2  # processes
+    sources: tuple[Literal["zero", "random", "policy", "launched"], ...] = SOURCES
     checkpoint: Path | None = None  # its policy becomes the source `policy`
 
 
@@ -374,7 +375,7 @@ def main(config: Config) -> bool:
             config.steps,
             config.checkpoint,
         )
-        for task, source in itertools.product(c.TASKS, SOURCES)
+        for task, source in itertools.product(c.TASKS, config.sources)
         for first in range(0, config.seeds, config.batch)
     ]
     reports = {(job.task, job.source): Report() for job in jobs}

@@ -31,7 +31,8 @@ def advance(
     r = tasks.read(view)
     events = tasks.events(view, after)
     value = shot_value(r, after)
-    after = after._replace(nearest_approach_m=jnp.minimum(before.nearest_approach_m, approach_distance_m(r, after)))
+    distance, nearest = approach_distance_m(r, after), before.nearest_approach_m
+    after = after._replace(nearest_approach_m=jnp.where(nearest < 0.0, distance, jnp.minimum(nearest, distance)))
     raw = dense_terms(Transition(r, before, after, events, action, value))
     reward = dense_reward(raw, weights)
     official = tasks.official_terms(r, after, events)

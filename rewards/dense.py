@@ -146,7 +146,7 @@ def _approach(t: Transition) -> jax.Array:
     after it brings nothing, or a kick into nowhere is worth the run (docs/experiments.md, e1, e2, e7).
     """
     progress = (t.before.nearest_approach_m - t.after.nearest_approach_m) / c.ACTION_DT_S
-    progress = jnp.where(jnp.isinf(t.before.nearest_approach_m), 0.0, progress)
+    progress = jnp.where(t.before.nearest_approach_m < 0.0, 0.0, progress)
     return jnp.where(_shot_under_way(t), 0.5, jnp.minimum(progress, 1.0))
 
 

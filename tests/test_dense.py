@@ -64,7 +64,7 @@ def test_approach_pays_new_ground_only_then_a_constant_while_a_shot_is_under_way
 
     assert approach(2.0, 1.99) == pytest.approx(0.5, abs=1e-4)  # 10 mm in 20 ms
     assert approach(2.0, 1.9) == 1.0 and approach(2.0, 2.0) == 0.0
-    assert approach(np.inf, 2.0) == 0.0  # first action
+    assert approach(-1.0, 2.0) == 0.0  # first action
     assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.5
     assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, -0.1)) == 0.0
 

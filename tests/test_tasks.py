@@ -94,7 +94,7 @@ class OfficialSide:
             hits=jnp.int32(0),
             in_contact=jnp.array(False),
             shot_value=jnp.array(0.0),
-            nearest_approach_m=jnp.array(jnp.inf),
+            nearest_approach_m=jnp.array(-1.0),
         )
 
 
