@@ -364,12 +364,15 @@ class Tasks:
         finite = (
             jnp.all(jnp.isfinite(view.qpos)) & jnp.all(jnp.isfinite(view.qvel)) & jnp.all(jnp.isfinite(view.sensordata))
         )
-        success = self.success(r, state)
+        # Seen once an action, a fast ball may be over the line and on the keeper at once; at 500 Hz the keeper,
+        # who stands on the line, stops it before.
+        blocked = self.blocked(r, state)
+        success = self.success(r, state) & ~blocked
         return Events(
             fallen=r.imu_pos_w[2] <= c.FALL_HEIGHT_M,
             success=success,
             out_of_field=self.out_of_field(r, state, success),
-            blocked=self.blocked(r, state),
+            blocked=blocked,
             diverged=~finite,
         )
 

@@ -101,7 +101,7 @@ def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
     along = jnp.dot(direction, to_target)
     miss_m = jnp.abs(direction[0] * to_target[1] - direction[1] * to_target[0])
     ahead = _soft(along, 0.3)
-    hit = ahead * jnp.exp(-((miss_m / 0.5) ** 2))
+    hit = ahead * 0.5 * (jnp.exp(-((miss_m / 0.5) ** 2)) + jnp.exp(-((miss_m / 1.5) ** 2)))
     cosine = along / jnp.sqrt(jnp.sum(to_target**2) + 1e-8)
     near = 0.5 * ahead * jnp.exp(-miss_m / 2.0) + 0.25 * (1.0 + cosine)
     moving = jnp.clip(speed - 0.2, 0.0, 1.0)
