@@ -326,15 +326,15 @@ def test_a_missing_layer_is_refused(copy):
     assert "no policy" in one_line(checkpoints.load, copy)
 
 
-def test_golden_pairs_hold_within_1e_5(copy):
+def test_golden_pairs_hold_within_the_tolerance(copy):
     golden = safetensors.numpy.load((copy / "golden.safetensors").read_bytes())
-    for difference, accepted in ((5e-6, True), (2e-5, False)):
+    for difference, accepted in ((5e-5, True), (2e-4, False)):
         changed = {"obs": golden["obs"], "actions": golden["actions"] + np.float32(difference)}
         replace_file(copy, "golden.safetensors", safetensors.numpy.save(changed))
         if accepted:
             checkpoints.load(copy)
         else:
-            assert "golden actions by 2.0e-05" in one_line(checkpoints.load, copy)
+            assert "golden actions by 2.0e-04" in one_line(checkpoints.load, copy)
             checkpoints.load(copy, verify=False)
 
 
