@@ -130,9 +130,7 @@ def resolve(config: Config) -> Config:
     if config.preset not in EPISODES:
         raise UserError(f"--preset {config.preset} is unknown: use one of {', '.join(EPISODES)}")
     if config.seed < 0 or (config.pretrain_steps is not None and config.pretrain_steps < 1):
-        raise UserError(
-            f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1"
-        )
+        raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
     return Config(**vars(config) | {"out": config.out or Path("runs") / config.preset})
 
 
@@ -208,9 +206,7 @@ def read_scores(config: Config) -> list[dict[str, Any]]:
 def print_scores(config: Config, rows: list[dict[str, Any]]) -> None:
     """The table, and whether the pre-trained policy stays up."""
     episodes = EPISODES[config.preset]
-    title = (
-        f"Official score, {episodes} episodes a task, joint noise {START_NOISE_RAD} rad, seed {config.seed}"
-    )
+    title = f"Official score, {episodes} episodes a task, joint noise {START_NOISE_RAD} rad, seed {config.seed}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
     table.add_column("played in", no_wrap=True)

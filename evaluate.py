@@ -263,9 +263,7 @@ def _episode(text: str) -> Episode:
 
 def replay_command(config: Config, episode: Episode) -> str:
     """The command that plays one of the evaluated episodes again, with the same score."""
-    which = (
-        ("--checkpoint", config.checkpoint) if config.checkpoint is not None else ("--policy", config.policy)
-    )
+    which = ("--checkpoint", config.checkpoint) if config.checkpoint is not None else ("--policy", config.policy)
     words = ["python", "evaluate.py", *which, "--only", f"{episode.task}:{episode.seed}"]
     if config.start_noise > 0.0:
         words += ["--start-noise", config.start_noise]

@@ -249,9 +249,7 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
 # --- gate 2: the policy ---------------------------------------------------------------------------------
 
 
-def actor_checks(
-    pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray
-) -> tuple[list[Check], dict]:
+def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray) -> tuple[list[Check], dict]:
     """JAX against PyTorch on real (N, 87) and golden observations, and log_std on the real ones."""
     from convert_jax2torch import compare
 
@@ -296,9 +294,7 @@ class Recorded(NamedTuple):
         return self.policy(obs)
 
 
-def trajectory_checks(
-    pretrained: Checkpoint, converted: Checkpoint, config: Config
-) -> tuple[list[Check], list]:
+def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], list]:
     """Play both policies from the same starts: the converted one's actions along its way, and its score.
 
     Contacts are chaotic: a seventh digit can decide an episode. Measured with a policy that walks and kicks:
@@ -419,9 +415,7 @@ def _side(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def behaviour_checks(
-    pretrained: Checkpoint, converted: Checkpoint, config: Config
-) -> tuple[list[Check], dict]:
+def behaviour_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
     """Play the pre-trained policy in the pre-training scene, the converted one officially; compare."""
     from envs import pretraining
 
@@ -513,9 +507,7 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     console, log_std = Console(), report["log_std"]
     console.print(table)
     spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
-    console.print(
-        f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}"
-    )
+    console.print(f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}")
     console.print(_behaviour_table([check for check in checks if check.gate == 3], report["behaviour"]))
     for check in checks:
         if not check.passed:
@@ -540,8 +532,7 @@ def _behaviour_table(checks: list[Check], behaviour: dict[str, Any]) -> Table:
     for (task, name, of), check in zip(rows, checks, strict=True):
         digits = 0 if name == "steps" else 2
         sides = [
-            f"{side['mean']:.{digits}f} ± {side['std']:.{digits}f}"
-            for side in (of["pretraining"], of["official"])
+            f"{side['mean']:.{digits}f} ± {side['std']:.{digits}f}" for side in (of["pretraining"], of["official"])
         ]
         signs = {"more": "+", "less": "-", "both": "±"}
         allowed = f"{signs[TOLERANCES[name].worse]}{of['limit']:.{digits}f}"

@@ -136,7 +136,9 @@ def main(config: Config) -> dict[str, list[dict[str, float]]]:
     if config.plot is not None and config.plot.exists():
         raise UserError(f"{config.plot} exists and is not overwritten: name another file or remove it")
     files = config.metrics or (train(config),)
-    runs = {str(file.parent.name + "/" + file.name.removesuffix(".metrics.jsonl")): read_evaluations(file) for file in files}
+    runs = {
+        str(file.parent.name + "/" + file.name.removesuffix(".metrics.jsonl")): read_evaluations(file) for file in files
+    }
     print_table(runs)
     if config.plot is not None:
         plot_curves(runs, config.plot)

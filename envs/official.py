@@ -165,9 +165,7 @@ def roll_phase_deg(site_from_centre_w: np.ndarray, velocity_w: np.ndarray) -> fl
     return float(np.degrees(np.arctan2(-site_from_centre_w[:2] @ ahead, -site_from_centre_w[2])) % 360.0)
 
 
-def ball_quantities(
-    task: str, shot: Ball | None, end: Ball, aim_pos_w: np.ndarray
-) -> dict[str, float | None]:
+def ball_quantities(task: str, shot: Ball | None, end: Ball, aim_pos_w: np.ndarray) -> dict[str, float | None]:
     """What `EpisodeResult` says about shot and roll; one lane at a time, so that both backends round alike.
 
     `end` is the ball at the end of the episode, `aim_pos_w` (3,) the goal's centre, window or target.

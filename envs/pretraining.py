@@ -67,9 +67,7 @@ def run_episodes(policy: Policy, episodes: list[Episode], start_noise_rad: float
     return ended
 
 
-def official_starts(
-    tasks: Tasks, episodes: list[Episode], start_noise_rad: float
-) -> tuple[np.ndarray, TaskState]:
+def official_starts(tasks: Tasks, episodes: list[Episode], start_noise_rad: float) -> tuple[np.ndarray, TaskState]:
     """The official starts of episodes in our scene: qpos (N, nq) and the tasks' states (N, ...)."""
     envs = {task: official.make(task) for task in {episode.task for episode in episodes}}
     ours, qpos, targets, defenders = tasks.address, np.zeros((len(episodes), tasks.nq)), [], []

@@ -152,9 +152,7 @@ class _Worker:
         self.data = mujoco.MjData(model)
         self._views = _lane_views(model, task)
 
-    def advance(
-        self, lane_values: list[list[np.ndarray]], state: _State, ctrl: np.ndarray, out: _State
-    ) -> None:
+    def advance(self, lane_values: list[list[np.ndarray]], state: _State, ctrl: np.ndarray, out: _State) -> None:
         """One physics step of each lane from `state` to `out`, with ctrl (L, nu).
 
         The official `step` is `mj_step1`, ctrl, `mj_step2`, the same arithmetic as ctrl, `mj_step`; except that
@@ -254,8 +252,7 @@ class TwinEnv:
             "task_index": self._source.env.task_index,
         }
         self._constant_info = {
-            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value)))
-            for key, value in same.items()
+            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value))) for key, value in same.items()
         }  # read-only views
         self.observation_space = base.observation_space  # of one lane
         self.action_space = base.action_space  # torque in N m, of one lane
@@ -284,9 +281,7 @@ class TwinEnv:
         chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
         seeds = list(seeds)
         if len(seeds) != len(chosen):
-            raise UserError(
-                f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset"
-            )
+            raise UserError(f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset")
         if not (np.isfinite(start_noise_rad) and start_noise_rad >= 0.0):
             raise UserError(f"start noise is {start_noise_rad}: give a standard deviation in rad, 0 or more")
         seeds = [_checked_seed(seed, lane) for seed, lane in zip(seeds, chosen, strict=True)]
@@ -455,9 +450,7 @@ class TwinEnv:
                 state = after
 
         num_parts = min(len(self._workers), len(lanes))
-        parts = [
-            slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)
-        ]
+        parts = [slice(i * len(lanes) // num_parts, (i + 1) * len(lanes) // num_parts) for i in range(num_parts)]
         others = zip(self._workers[1:], parts[1:], strict=False)  # fewer parts than threads: few lanes left
         jobs = [self._pool.submit(play, worker, part) for worker, part in others]
         play(self._workers[0], parts[0])
@@ -592,9 +585,7 @@ class TwinEnv:
         info["target_xpos_rel_robot"] = self._target_pos_w - robot if has_target else np.zeros_like(robot)
         info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
         has_defenders = self.task == "obstacle"
-        info["defender_xpos"] = (
-            self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
-        )
+        info["defender_xpos"] = self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
         info["success"] = self._success(ball, self._target_pos_w)
         return info
 

@@ -192,9 +192,7 @@ def test_what_is_said_about_the_ball_by_hand():
     assert official.ball_quantities("target", shot, end, aim)["roll_score"] == 0.0
     still = end._replace(centre_vel_w=np.array([-0.04, 0.0, 0.0]))
     untouched = official.ball_quantities("goalie", None, still, aim)
-    assert (
-        untouched["shot_speed_m_s"] is untouched["shot_direction_deg"] is untouched["roll_phase_deg"] is None
-    )
+    assert untouched["shot_speed_m_s"] is untouched["shot_direction_deg"] is untouched["roll_phase_deg"] is None
 
 
 def thrown_at_the_robot(qpos, qvel, address) -> None:
@@ -354,9 +352,7 @@ def test_bad_input_is_told_before_anything_runs(play, tmp_path):
     refused("needs a name that ends in .png", policy="zero", plot=tmp_path / "plot.txt")
     refused("and no --only", policy="zero", plot=tmp_path / "plot.png", only="target:1")
     (tmp_path / "file").write_text("")
-    refused(
-        "cannot write .*file/score.json: .*name another", policy="zero", json=tmp_path / "file/score.json"
-    )
+    refused("cannot write .*file/score.json: .*name another", policy="zero", json=tmp_path / "file/score.json")
     refused("cannot write .*: File name too long", policy="zero", plot=tmp_path / f"{'x' * 300}.png")
     refused("nowhere", checkpoint=tmp_path / "nowhere")
     assert play == []

@@ -188,11 +188,7 @@ def test_run_episodes_keeps_the_order_and_the_numbers():
             yield result
 
     found = twin.run_episodes(None, episodes, workers=1, progress=progress)
-    assert (
-        found
-        == arrived
-        == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
-    )
+    assert found == arrived == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
 
 
 # --- lanes ----------------------------------------------------------------------------------------------

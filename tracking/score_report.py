@@ -44,9 +44,7 @@ def print_result(result: dict, title: str) -> None:
     for name in names:
         terms.add_row(name, *(_term_text(of_task, name) for of_task in result["tasks"].values()))
     ball = _table_by_task("The ball, mean ± standard deviation", result)
-    ball.add_row(
-        "episodes with a shot", *(f"{t['ball']['shot_speed_m_s']['n']}" for t in result["tasks"].values())
-    )
+    ball.add_row("episodes with a shot", *(f"{t['ball']['shot_speed_m_s']['n']}" for t in result["tasks"].values()))
     for name, label in BALL_ROWS.items():
         ball.add_row(label, *(_spread_text(of_task["ball"][name]) for of_task in result["tasks"].values()))
     worst = Table(title="Worst episodes", box=box.SIMPLE_HEAD)
@@ -67,9 +65,7 @@ def print_result(result: dict, title: str) -> None:
     console.print(scores)
     for table in (terms, ball, worst):
         console.print(table)
-    console.print(
-        f"CI: {result['confidence_interval']}. Ball: its centre; roll phase 180 is the site on top."
-    )
+    console.print(f"CI: {result['confidence_interval']}. Ball: its centre; roll phase 180 is the site on top.")
     for task, of_task in result["tasks"].items():
         if of_task["distinct_episodes"] < of_task["episodes"]:
             console.print(
@@ -112,8 +108,7 @@ def plot(result: dict, title: str, file: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, (task, of_task) in zip(figure.subplots(1, len(result["tasks"])), result["tasks"].items()):
         by_ending = {
-            name: [row["score"] for row in of_task["results"] if row["ending"] == name]
-            for name in of_task["endings"]
+            name: [row["score"] for row in of_task["results"] if row["ending"] == name] for name in of_task["endings"]
         }
         scores = sum(by_ending.values(), [])
         bins = np.linspace(np.nanmin(scores) - 0.05, np.nanmax(scores) + 0.05, 31)
