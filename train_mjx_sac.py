@@ -144,6 +144,10 @@ def resolve(config: Config) -> Config:
 # --- evaluation in our own scene ---------------------------------------------------------------------------
 
 
+_EVALUATION_SEED = 12345  # always the same starts, so that evaluations of a run compare
+_EVALUATION_NOISE_RAD = 0.035  # uniform, about the spread of the 0.02 rad normal noise of evaluate.py
+
+
 class Evaluator:
     """Deterministic policy from official starts with joint noise, in our scene under native MuJoCo.
 
@@ -153,7 +157,12 @@ class Evaluator:
     def __init__(self, config: Config, tasks: Tasks):
         self.lanes = config.evaluation_lanes
         self.engine = NativeEngine(self.lanes, num_threads=os.cpu_count() or 2)
-        mix = StartMix(task_share=(1 / 3, 1 / 3, 1 / 3), official_pose=1.0, official_place=1.0, joint_noise_rad=0.035)
+        mix = StartMix(
+            task_share=(1 / 3, 1 / 3, 1 / 3),
+            official_pose=1.0,
+            official_place=1.0,
+            joint_noise_rad=_EVALUATION_NOISE_RAD,
+        )
 
         def reset_lane(key, task):
             # Draw until the lane's own task comes up: the first of 32 draws that fits.
@@ -169,7 +178,9 @@ class Evaluator:
     def __call__(self, state: SacState, stop: resume.StopSignal) -> dict[str, float] | None:
         """Mean official score, success, fall rate and length per task, always on the same starts; None if stopped."""
         task = np.arange(self.lanes) % c.NUM_TASKS
-        qpos, qvel, task_state = self._reset(jax.random.split(jax.random.key(12345), self.lanes), jnp.asarray(task))
+        qpos, qvel, task_state = self._reset(
+            jax.random.split(jax.random.key(_EVALUATION_SEED), self.lanes), jnp.asarray(task)
+        )
         self.engine.reset(np.arange(self.lanes), np.asarray(qpos), np.asarray(qvel))
         obs = self._observe(self.engine.view(), task_state)
         alive = np.ones(self.lanes, bool)

@@ -47,6 +47,7 @@ FIELD_HALF_WIDTH_M = 6.87
 GOAL_HALF_WIDTH_M = 1.6
 GOAL_HEIGHT_M = 1.9
 GOAL_DEPTH_M = 1.6
+GOAL_POST_RADIUS_M = 0.07
 GOAL_POS_W = {0: np.array([-FIELD_HALF_LENGTH_M, 0.0, 0.0]), 1: np.array([FIELD_HALF_LENGTH_M, 0.0, 0.0])}
 
 # --- tasks ------------------------------------------------------------------------------------------

@@ -364,14 +364,14 @@ class Tasks:
         finite = (
             jnp.all(jnp.isfinite(view.qpos)) & jnp.all(jnp.isfinite(view.qvel)) & jnp.all(jnp.isfinite(view.sensordata))
         )
-        # Seen once an action, a fast ball may be over the line and on the keeper at once; at 500 Hz the keeper,
-        # who stands on the line, stops it before.
+        # Seen once an action, a fast ball may be over the line and on a keeper or defender at once; at 500 Hz
+        # they, who stand on the line, stop it before: neither goal nor out.
         blocked = self.blocked(r, state)
         success = self.success(r, state) & ~blocked
         return Events(
             fallen=r.imu_pos_w[2] <= c.FALL_HEIGHT_M,
             success=success,
-            out_of_field=self.out_of_field(r, state, success),
+            out_of_field=self.out_of_field(r, state, success) & ~blocked,
             blocked=blocked,
             diverged=~finite,
         )

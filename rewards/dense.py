@@ -37,6 +37,11 @@ class DenseWeights:
     success: float = 1.0  # once
 
 
+_GRAVITY_M_S2 = 9.81
+_ROLLING_M_S = 0.3  # ball centre; slower, it has only been brushed
+_DETOUR_M = 1.2  # extra distance for standing at 90 degrees to the line from ball to aim; twice that opposite
+
+
 class Transition(NamedTuple):
     """What the terms may look at."""
 
@@ -68,7 +73,7 @@ def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
     moving = jnp.clip((toward - 0.3) / 3.0, 0.0, 1.0)
     time_s = jnp.clip((x + c.FIELD_HALF_LENGTH_M - c.BALL_RADIUS_M) / jnp.maximum(toward, 0.3), 0.0, 8.0)
     y_cross = y + vy * time_s
-    post_margin = c.GOAL_HALF_WIDTH_M - 0.07 - c.BALL_RADIUS_M - jnp.abs(y_cross)
+    post_margin = c.GOAL_HALF_WIDTH_M - c.GOAL_POST_RADIUS_M - c.BALL_RADIUS_M - jnp.abs(y_cross)
     # Goalie: the keeper's place when the ball arrives is known, it is a function of time only.
     arrival_s = state.action_count * c.ACTION_DT_S + time_s
     keeper_y = c.KEEPER_AMPLITUDE_M * jnp.sin(2 * jnp.pi * c.KEEPER_FREQUENCY_HZ * arrival_s)
@@ -77,7 +82,7 @@ def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
     past_keeper = _soft(keeper_margin, 0.1)
     goalie = 2.5 * inside * past_keeper - 0.5 * inside * (1 - past_keeper) - 3.0 * (1 - inside)
     # Obstacle: a rolling ball must end on a defender (-0.5), not past the line beside them (-3).
-    z_cross = jnp.maximum(z + vz * time_s - 0.5 * 9.81 * time_s**2, c.BALL_RADIUS_M)
+    z_cross = jnp.maximum(z + vz * time_s - 0.5 * _GRAVITY_M_S2 * time_s**2, c.BALL_RADIUS_M)
     window = jnp.stack([y_cross, z_cross]) - state.target_pos_w[1:]
     in_window = jnp.exp(-jnp.sum(window**2) / 0.35**2)
     reach = c.DEFENDER_HALF_WIDTH_M + c.BALL_RADIUS_M
@@ -121,12 +126,12 @@ def shot_value(r: Readings, state: TaskState) -> jax.Array:
 
 
 def approach_distance_m(r: Readings, state: TaskState) -> jax.Array:
-    """Distance to the ball plus a detour for standing on its wrong side (1.2 m for 90 degrees)."""
+    """Distance to the ball plus a detour for standing on its wrong side."""
     to_ball = (r.ball_center_pos_w - r.imu_pos_w)[:2]
     to_aim = (aim_point_w(state) - r.ball_center_pos_w)[:2]
     distance = jnp.sqrt(jnp.sum(to_ball**2) + 1e-8)
     cosine = jnp.dot(to_ball, to_aim) / (distance * jnp.sqrt(jnp.sum(to_aim**2) + 1e-8))
-    return distance + 1.2 * (1.0 - cosine)
+    return distance + _DETOUR_M * (1.0 - cosine)
 
 
 def _shot(t: Transition) -> jax.Array:
@@ -134,8 +139,8 @@ def _shot(t: Transition) -> jax.Array:
 
 
 def _shot_under_way(t: Transition) -> jax.Array:
-    """The ball rolls (0.3 m/s), and not to a bad end."""
-    return (jnp.sum(t.readings.ball_center_vel_w**2) > 0.3**2) & (t.shot_value > 0.0)
+    """The ball rolls, and not to a bad end."""
+    return (jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2) & (t.shot_value > 0.0)
 
 
 def _approach(t: Transition) -> jax.Array:

@@ -13,7 +13,7 @@ from envs.tasks import Tasks
 from errors import UserError
 from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
-from models.sac import Batch, Sac
+from models.sac import Batch, Sac, policy_arrays
 from preprocess.observation import OBS_SIZE
 
 
@@ -77,6 +77,19 @@ def test_only_termination_stops_the_bootstrap(tmp_path, terminated, expected):
         ones = np.ones(shape, np.float32)
         state, metrics = update(state, Batch(obs, action, ones, obs, ones * terminated))
     assert float(metrics["q"]) == pytest.approx(expected, abs=0.1)
+
+
+def test_the_policy_is_a_running_average_of_the_actor_and_is_what_a_checkpoint_holds(tmp_path):
+    sac = Sac(_config(tmp_path, policy_tau=0.25))
+    before = sac.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    obs, action = rng.normal(size=(32, OBS_SIZE)), rng.uniform(-1, 1, (32, c.NUM_JOINTS))
+    batch = jax.tree.map(jnp.float32, Batch(obs, action, np.ones(32), obs, np.zeros(32)))
+    after, _ = jax.jit(sac.update)(before, batch)
+    kernels = [np.asarray(params["output"]["kernel"]) for params in (before.policy, after.actor, after.policy)]
+    assert np.abs(kernels[1] - kernels[0]).max() > 1e-5
+    np.testing.assert_allclose(kernels[2], 0.75 * kernels[0] + 0.25 * kernels[1], atol=1e-7)
+    np.testing.assert_array_equal(policy_arrays(after)["actor.output.kernel"], kernels[2])
 
 
 def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):

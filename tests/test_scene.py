@@ -51,6 +51,40 @@ def test_joints_and_motors_equal_the_official(official, ours):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field), err_msg=f"{name}.{field}")
 
 
+def test_native_colliders_equal_the_official(official):
+    """Shape, size, place and contact parameters; and every pair of robot, ball and ground collides as there."""
+    ours = scene.load_native_model()
+    names = {name: ROBOT_PREFIX + name for name in ("Trunk", *SHANKS, *THIGHS, *FEET)}
+    pairs = {"ball": "ball", "grass": "field_base"}
+    geoms = {name: (ours.geom(name).id, official.geom(theirs).id) for name, theirs in pairs.items()}
+    for name, body in names.items():
+        collides = [
+            g
+            for g in range(official.ngeom)
+            if official.geom_bodyid[g] == official.body(body).id and official.geom_contype[g]
+        ]
+        assert len(collides) == 1
+        geoms[name] = (ours.geom(name).id, collides[0])
+    plane = mujoco.mjtGeom.mjGEOM_PLANE
+    for name, (a, b) in geoms.items():
+        assert ours.geom_type[a] == official.geom_type[b], name
+        fields = ("geom_solref", "geom_solimp", "geom_condim")
+        fields += () if ours.geom_type[a] == plane else ("geom_size", "geom_pos", "geom_friction")
+        for field in fields:
+            np.testing.assert_allclose(
+                getattr(ours, field)[a], getattr(official, field)[b], atol=1e-9, err_msg=f"{name}.{field}"
+            )
+    assert ours.geom("grass").pos[2] == official.geom("field_base").pos[2]
+    for first, (a1, b1) in geoms.items():
+        for second, (a2, b2) in geoms.items():
+            if first < second:
+                assert _may_collide(ours, a1, a2) == _may_collide(official, b1, b2), (first, second)
+
+
+def _may_collide(model: mujoco.MjModel, a: int, b: int) -> bool:
+    return bool(model.geom_contype[a] & model.geom_conaffinity[b] or model.geom_contype[b] & model.geom_conaffinity[a])
+
+
 def test_constants_equal_the_official_motors(official):
     limits = [official.actuator(ROBOT_PREFIX + name).ctrlrange[1] for name in c.JOINT_NAMES]
     np.testing.assert_array_equal(limits, c.TORQUE_LIMIT_NM)

@@ -247,12 +247,14 @@ def test_rules_by_hand(tasks):
     assert _events(tasks, "goalie", [-11.2, 1.3, r]) == nothing | {"success": True}
     assert _events(tasks, "goalie", [-11.2, 1.7, r]) == nothing | {"out_of_field": True}
     assert _events(tasks, "goalie", [-10.9, 0.0, r]) == nothing | {"blocked": True}  # keeper at y = 0
+    assert _events(tasks, "goalie", [-11.0, 0.0, r]) == nothing | {"blocked": True}  # over the line and on the keeper
     assert _events(tasks, "goalie", [-10.9, 0.7, r]) == nothing
     assert _events(tasks, "target", [0, -6.9, r]) == nothing | {"out_of_field": True}
     obstacle = OfficialSideState(tasks, "obstacle")
     window, defender = np.asarray(obstacle.target_pos_w), np.asarray(obstacle.defender_pos_w)[0]
     assert _events(tasks, "obstacle", window + [0.2, 0, r], state=obstacle) == nothing | {"success": True}
     assert _events(tasks, "obstacle", [-10.88, defender[1], r], state=obstacle) == nothing | {"blocked": True}
+    assert _events(tasks, "obstacle", [-11.0, defender[1], r], state=obstacle) == nothing | {"blocked": True}
     assert _events(tasks, "obstacle", [-11.2, window[1], r], state=obstacle) == nothing | {"out_of_field": True}
     target = OfficialSideState(tasks, "target")
     there = np.asarray(target.target_pos_w)
