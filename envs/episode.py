@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from envs.tasks import Tasks, TaskState, View
-from rewards.dense import DenseWeights, Transition, approach_distance_m, dense_reward, dense_terms, shot_value
+from rewards.dense import (
+    DenseWeights,
+    Transition,
+    aim_distance_m,
+    approach_distance_m,
+    dense_reward,
+    dense_terms,
+    shot_value,
+)
 
 
 class Outcome(NamedTuple):
@@ -23,6 +31,11 @@ class Outcome(NamedTuple):
     diverged: jax.Array  # () bool: NaN or infinity, counted and reset
 
 
+def _least(so_far: jax.Array, now: jax.Array) -> jax.Array:
+    """The smaller one; `so_far` is below 0 before the first action."""
+    return jnp.where(so_far < 0.0, now, jnp.minimum(so_far, now))
+
+
 def advance(
     tasks: Tasks, view: View, before: TaskState, action: jax.Array, weights: DenseWeights, max_actions: int
 ) -> tuple[TaskState, Outcome]:
@@ -31,8 +44,10 @@ def advance(
     r = tasks.read(view)
     events = tasks.events(view, after)
     value = shot_value(r, after)
-    distance, nearest = approach_distance_m(r, after), before.nearest_approach_m
-    after = after._replace(nearest_approach_m=jnp.where(nearest < 0.0, distance, jnp.minimum(nearest, distance)))
+    after = after._replace(
+        nearest_approach_m=_least(before.nearest_approach_m, approach_distance_m(r, after)),
+        nearest_aim_m=_least(before.nearest_aim_m, aim_distance_m(r, after)),
+    )
     raw = dense_terms(Transition(r, before, after, events, action, value))
     reward = dense_reward(raw, weights)
     official = tasks.official_terms(r, after, events)

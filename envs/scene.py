@@ -15,9 +15,10 @@ from errors import UserError
 
 SCENE_PATH = Path(__file__).parent.parent / "assets" / "mjx_scene.xml"
 
-# The pitch mesh's convex hull as a disc: top at z = 0.010 m, wider than the field. One contact per foot.
+# The pitch mesh's convex hull as a disc: top at z = 0.010 m, wider than the field. One contact per foot. As thin
+# as the hull: it pushes a foot that has sunk in by more than half its own height down, not up.
 _PITCH_RADIUS_M = 15.0
-_PITCH_HALF_HEIGHT_M = 0.5
+_PITCH_HALF_HEIGHT_M = 0.00075
 _PITCH_TOP_Z_M = 0.010
 
 # Official leg colliders; MJX has no cylinder-box pair, so the scene on disk has capsules of the same length.
@@ -27,9 +28,9 @@ _LEG_CYLINDERS = {
     "Shank_Left": (0.05, 0.075),
     "Shank_Right": (0.05, 0.075),
 }
-# The grass below the logos, soft at first: a running step presses through to it.
-_GRASS_TOP_Z_M = 0.007
-_GRASS_SOLIMP = (0.0, 0.95, 0.001, 0.5, 2.0)
+# The planes below the logos, soft at first: a running step sinks in by up to 35 mm, through all of them.
+_LOWER_PLANES_Z_M = {"grass": 0.007, "floor": 0.0}
+_LOWER_PLANES_SOLIMP = (0.0, 0.95, 0.001, 0.5, 2.0)
 
 
 class Addresses(NamedTuple):
@@ -101,7 +102,7 @@ def load_mjx_model() -> mujoco.MjModel:
 def load_native_motor_model() -> mujoco.MjModel:
     """The scene for native MuJoCo: every official collider that matters, and its plain torque motors.
 
-    On top of the scene that MJX can read: the pitch disc, the grass, cylinders for capsules, and all contacts
+    On top of the scene that MJX can read: the pitch disc, the lower planes, cylinders for capsules, and all contacts
     between trunk, legs and feet. A policy that never met them fell three times as often in the official
     environment (docs/experiments.md, e9).
     """
@@ -116,14 +117,15 @@ def load_native_motor_model() -> mujoco.MjModel:
         pos=[0.0, 0.0, _PITCH_TOP_Z_M - _PITCH_HALF_HEIGHT_M],
         **like_ground,
     )
-    spec.worldbody.add_geom(
-        name="grass",
-        type=mujoco.mjtGeom.mjGEOM_PLANE,
-        size=[_PITCH_RADIUS_M, _PITCH_RADIUS_M, 1.0],
-        pos=[0.0, 0.0, _GRASS_TOP_Z_M],
-        solimp=_GRASS_SOLIMP,
-        **like_ground,
-    )
+    for name, z_m in _LOWER_PLANES_Z_M.items():
+        spec.worldbody.add_geom(
+            name=name,
+            type=mujoco.mjtGeom.mjGEOM_PLANE,
+            size=[_PITCH_RADIUS_M, _PITCH_RADIUS_M, 1.0],
+            pos=[0.0, 0.0, z_m],
+            solimp=_LOWER_PLANES_SOLIMP,
+            **like_ground,
+        )
     for name in ("Trunk", *_LEG_CYLINDERS):
         spec.geom(name).contype, spec.geom(name).conaffinity = foot.contype, foot.conaffinity
     for name, (radius_m, half_length_m) in _LEG_CYLINDERS.items():

@@ -41,7 +41,9 @@ class TaskState(NamedTuple):
     hits: jax.Array  # () int32 separate contacts with the ball
     in_contact: jax.Array  # () bool
     shot_value: jax.Array  # () potential of the ball's motion before this action (rewards/dense.py)
-    nearest_approach_m: jax.Array  # () least distance to the kicking position so far; below 0 before the first action
+    # Least values so far, below 0 before the first action:
+    nearest_approach_m: jax.Array  # () distance to the kicking position
+    nearest_aim_m: jax.Array  # () distance of the ball to the aim point
 
 
 class Readings(NamedTuple):
@@ -214,6 +216,7 @@ class Tasks:
             in_contact=jnp.array(False),
             shot_value=jnp.array(0.0),
             nearest_approach_m=jnp.array(-1.0),
+            nearest_aim_m=jnp.array(-1.0),
         )
         return qpos, jnp.zeros(self.nv), state
 

@@ -17,9 +17,9 @@ How it is done:
   the working set stays in the cache (measured: 25,000 physics steps/s on one core, against 17,000 with one
   `MjData` per lane), and memory does not grow with the lanes. Nothing is lost, because the solver's warm
   start is part of the row.
-* Threads give the interpreter lock away once a physics step, in `mj_step`, and all else is plain array
-  assignment: with two calls to step and two to copy the state, two threads were 1.6 times as fast as one
-  instead of 1.8.
+* A row goes in and comes out packed, by one `mj_setState` and one `mj_getState`, and not field by field: less
+  Python per step under the interpreter lock (measured: 4 per cent more steps/s on one core at 500 Hz, 9 in the
+  loop of `_Worker.advance` alone), although the lock changes hands three times a step and not once.
 * What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
   Sensors have no part in the dynamics.
 * Positions, sensors and contacts are those of the state before the last integration, velocities those after
@@ -125,23 +125,44 @@ def _source(task: str) -> _Source:
     return _Source(env, model, data.qpos.copy(), goals)
 
 
-class _State(NamedTuple):
-    """Everything that the next physics step depends on, and the sensors of the last one; leading axes alike."""
+# What the next physics step depends on, in the order in which MuJoCo packs it.
+_PACKED = int(
+    mujoco.mjtState.mjSTATE_TIME
+    | mujoco.mjtState.mjSTATE_QPOS
+    | mujoco.mjtState.mjSTATE_QVEL
+    | mujoco.mjtState.mjSTATE_WARMSTART
+    | mujoco.mjtState.mjSTATE_CTRL
+)
 
-    time: np.ndarray  # (...) s
-    qpos: np.ndarray  # (..., nq)
-    qvel: np.ndarray  # (..., nv)
-    warmstart: np.ndarray  # (..., nv) of the solver
-    sensors: np.ndarray  # (..., nsensordata)
+
+class _State:
+    """What the next physics step depends on, and the sensors of the last one; leading axes alike.
+
+    All but `packed` and `sensors` are views into `packed`.
+    """
+
+    def __init__(self, model: mujoco.MjModel, packed: np.ndarray, sensors: np.ndarray):
+        self.model = model
+        self.packed = packed  # (..., n) what `mj_setState` takes and `mj_getState` gives: `_PACKED`
+        self.sensors = sensors  # (..., nsensordata)
+        vel, warmstart = 1 + model.nq, 1 + model.nq + model.nv
+        self.time = packed[..., 0]  # (...) s
+        self.qpos = packed[..., 1:vel]  # (..., nq)
+        self.qvel = packed[..., vel:warmstart]  # (..., nv)
+        self.ctrl = packed[..., warmstart + model.nv :]  # (..., nu), behind the solver's warm start (..., nv)
 
     def at(self, index) -> "_State":
         """The part at an index of the leading axes."""
-        return _State(*(values[index] for values in self))
+        return _State(self.model, self.packed[index], self.sensors[index])
+
+    def write(self, index, new: "_State") -> None:
+        """Overwrite the part at an index of the leading axes."""
+        self.packed[index], self.sensors[index] = new.packed, new.sensors
 
 
 def _empty_state(model: mujoco.MjModel, *shape: int) -> _State:
-    sizes = ((), (model.nq,), (model.nv,), (model.nv,), (model.nsensordata,))
-    return _State(*(np.zeros((*shape, *size)) for size in sizes))
+    sizes = mujoco.mj_stateSize(model, _PACKED), model.nsensordata
+    return _State(model, *(np.zeros((*shape, size)) for size in sizes))
 
 
 class _Worker:
@@ -152,44 +173,45 @@ class _Worker:
         self.data = mujoco.MjData(model)
         self._views = _lane_views(model, task)
 
-    def advance(self, lane_values: list[list[np.ndarray]], state: _State, ctrl: np.ndarray, out: _State) -> None:
-        """One physics step of each lane from `state` to `out`, with ctrl (L, nu).
+    def advance(self, lane_values: list[list[memoryview]], before: _State, after: _State) -> None:
+        """One physics step of each of L lanes, from the state and ctrl `before`; writes into `after`.
 
         The official `step` is `mj_step1`, ctrl, `mj_step2`, the same arithmetic as ctrl, `mj_step`; except that
         where a state comes in with NaN, MuJoCo starts that lane again and its torque of this step is lost.
         """
-        model, data, step, views = self.model, self.data, mujoco.mj_step, self._views
-        qpos, qvel, warmstart, sensors = data.qpos, data.qvel, data.qacc_warmstart, data.sensordata
-        data_ctrl, times = data.ctrl, []
-        rows = zip(lane_values, *state[:-1], ctrl, *out[1:], strict=True)
-        for values, time, q, v, w, u, q_out, v_out, w_out, sensors_out in rows:
+        model, data, views, sensors = self.model, self.data, self._views, self.data.sensordata
+        set_state, step, get_state = mujoco.mj_setState, mujoco.mj_step, mujoco.mj_getState
+        rows = zip(lane_values, before.packed, after.packed, after.sensors, strict=True)
+        for values, packed, packed_after, sensors_after in rows:
             for view, value in zip(views, values, strict=True):
                 view[:] = value
-            data.time = time
-            qpos[:], qvel[:], warmstart[:], data_ctrl[:] = q, v, w, u
+            set_state(model, data, packed, _PACKED)
             step(model, data)
-            q_out[:], v_out[:], w_out[:], sensors_out[:] = qpos, qvel, warmstart, sensors
-            times.append(data.time)
-        out.time[:] = times
+            get_state(model, data, packed_after, _PACKED)
+            sensors_after[:] = sensors
 
-    def forward(self, lane_values: list[np.ndarray], qpos: np.ndarray) -> np.ndarray:
-        """Sensors (nsensordata,) of one lane at rest at time 0, as after an official reset."""
+    def forward(self, lane_values: list[memoryview], qpos: np.ndarray, after: _State) -> None:
+        """One lane at rest at time 0, as after an official reset; writes into `after` (no leading axis)."""
         mujoco.mj_resetData(self.model, self.data)
         for view, value in zip(self._views, lane_values, strict=True):
             view[:] = value
         self.data.qpos[:] = qpos
+        mujoco.mj_getState(self.model, self.data, after.packed, _PACKED)  # now: without a warm start
         mujoco.mj_forward(self.model, self.data)
-        return self.data.sensordata
+        after.sensors[:] = self.data.sensordata
 
 
-def _lane_views(model: mujoco.MjModel, task: str) -> list[np.ndarray]:
-    """The parts of the model that the official reset draws anew, as views into it."""
+def _lane_views(model: mujoco.MjModel, task: str) -> list[memoryview]:
+    """The parts of the model that the official reset draws anew, as views into it.
+
+    Memory views, assigned in half the time of arrays: these few numbers are at every step of every lane.
+    """
     views = [model.geom("field_base").friction]
     if task == "obstacle":
         views += [model.geom(name).pos for name in _DEFENDERS]
     if task in _TARGET_SITE:
         views.append(model.site(_TARGET_SITE[task]).pos)
-    return views
+    return [view.data for view in views]
 
 
 class TwinEnv:
@@ -211,7 +233,7 @@ class TwinEnv:
 
         self._state = _empty_state(model, num_lanes)
         self._rng: list[np.random.Generator | None] = [None] * num_lanes
-        self._lane_values = [[view.copy() for view in _lane_views(model, task)] for _ in range(num_lanes)]
+        self._lane_values: list[list[memoryview]] = [[]] * num_lanes  # drawn by each lane's reset, for `_lane_views`
         self._target_pos_w = np.zeros((num_lanes, 3))  # window centre or target
         self._defender_pos_w = np.zeros((num_lanes, 3 * c.NUM_DEFENDERS))
         self.steps = np.zeros(num_lanes, dtype=np.int64)  # physics steps played
@@ -299,13 +321,12 @@ class TwinEnv:
     def _reset_lane(self, lane: int, seed: int | None, start_noise_rad: float) -> None:
         if seed is not None or self._rng[lane] is None:
             self._rng[lane] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
-        qpos, self._lane_values[lane] = self._draw_start(self._rng[lane])
+        qpos, drawn = self._draw_start(self._rng[lane])
+        self._lane_values[lane] = [np.ascontiguousarray(values, dtype=np.float64).data for values in drawn]
         if start_noise_rad > 0.0:
             qpos[self._joint_q] += official.start_noise_rad(seed, start_noise_rad)
         worker = self._workers[0]
-        sensors = worker.forward(self._lane_values[lane], qpos)
-        for values, value in zip(self._state, _State(0.0, qpos, 0.0, 0.0, sensors), strict=True):
-            values[lane] = value
+        worker.forward(self._lane_values[lane], qpos, self._state.at(lane))
         if self.task in _TARGET_SITE:
             self._target_pos_w[lane] = worker.data.site(_TARGET_SITE[self.task]).xpos
         if self.task == "obstacle":
@@ -405,8 +426,7 @@ class TwinEnv:
             is_shot = np.where(touching, nth == last, was_touching & (nth <= last))
             self._note_ball(lanes, states, is_shot, nth <= last)
 
-            for values, new in zip(self._state, states.at((last, lane)), strict=True):
-                values[lanes] = new
+            self._state.write(lanes, states.at((last, lane)))
             self.steps[lanes] += last + 1
             self.touches[lanes], self._touching[lanes] = touches[last, lane], touching[last, lane]
             self._terminated[lanes], self._truncated[lanes] = terminated[last, lane], truncated[last, lane]
@@ -438,15 +458,13 @@ class TwinEnv:
         """States (num_steps, L) after each physics step."""
         states = _empty_state(self._source.model, num_steps, len(lanes))
         start = self._state.at(lanes)
-        lane_values = [self._lane_values[lane] for lane in lanes]
+        lane_values = [self._lane_values[lane] for lane in lanes.tolist()]
 
         def play(worker: _Worker, part: slice) -> None:
             state = start.at(part)
-            ctrl = np.zeros((len(state.time), worker.model.nu))
             for s in range(num_steps):
-                ctrl[:, self._actuators] = torque_of(state, part)
                 after = states.at((s, part))
-                worker.advance(lane_values[part], self._with_keepers(state), ctrl, after)
+                worker.advance(lane_values[part], self._commanded(state, torque_of(state, part)), after)
                 state = after
 
         num_parts = min(len(self._workers), len(lanes))
@@ -458,15 +476,16 @@ class TwinEnv:
             job.result()
         return states
 
-    def _with_keepers(self, state: _State) -> _State:
-        """The state with its keepers where they are at its time; the official code writes them every step."""
-        if not len(self._keeper_q):
-            return state
-        qpos, qvel = state.qpos.copy(), state.qvel.copy()
-        angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state.time[:, None]
-        qpos[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
-        qvel[:, self._keeper_v] = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
-        return state._replace(qpos=qpos, qvel=qvel)
+    def _commanded(self, state: _State, torque_nm: np.ndarray) -> _State:
+        """The states with joint torques, and with their keepers where the official code writes them every step."""
+        commanded = _State(state.model, state.packed.copy(), state.sensors)
+        commanded.ctrl[:, self._actuators] = torque_nm
+        if len(self._keeper_q):
+            angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state.time[:, None]
+            commanded.qpos[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
+            speed = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
+            commanded.qvel[:, self._keeper_v] = speed
+        return commanded
 
     # --- rules --------------------------------------------------------------------------------------
 
@@ -585,7 +604,7 @@ class TwinEnv:
         info["target_xpos_rel_robot"] = self._target_pos_w - robot if has_target else np.zeros_like(robot)
         info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
         has_defenders = self.task == "obstacle"
-        info["defender_xpos"] = self._defender_pos_w.copy() if has_defenders else np.tile(robot, (1, c.NUM_DEFENDERS))
+        info["defender_xpos"] = self._defender_pos_w.copy() if has_defenders else np.hstack([robot] * c.NUM_DEFENDERS)
         info["success"] = self._success(ball, self._target_pos_w)
         return info
 

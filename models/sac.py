@@ -163,15 +163,15 @@ def policy_arrays(state: SacState) -> dict[str, np.ndarray]:
     """The arrays of a "pretrained" checkpoint, which the next stages read."""
     arrays = nets.flatten("actor", state.policy) | nets.flatten("critic", state.critic)
     arrays |= nets.flatten("target_critic", state.target_critic)
-    arrays |= {"normalizer.mean": state.normalizer.mean, "normalizer.std": state.normalizer.std,
+    arrays |= {"normalizer.mean": state.normalizer.mean, "normalizer.std": state.normalizer.scale,
                "log_alpha": state.log_alpha}  # fmt: skip
     return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
 
 
 def warm_start(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:
     """A fresh learner with another run's networks and normaliser."""
-    std, count = arrays["normalizer.std"], jnp.array(nets.Normalizer.MAX_COUNT)
-    normalizer = nets.Normalizer(count, jnp.asarray(arrays["normalizer.mean"]), jnp.asarray(std) ** 2 * count)
+    std, count = jnp.asarray(arrays["normalizer.std"]) * nets.GAIN, jnp.array(nets.Normalizer.MAX_COUNT)
+    normalizer = nets.Normalizer(count, jnp.asarray(arrays["normalizer.mean"]), std**2 * count)
     return state._replace(
         actor=nets.unflatten("actor", arrays),
         policy=nets.unflatten("actor", arrays),

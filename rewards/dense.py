@@ -25,6 +25,8 @@ class DenseWeights:
 
     shot: float = 2.0  # per point of expected official score gained
     approach: float = 0.2  # per action at 1 m/s toward the kicking position, new ground only
+    dribble: float = 0.1  # per action at 1 m/s of the ball toward the target, new ground only
+    follow: float = 0.1  # per action at the kicking position, falling off over a metre; target task only
     face_ball: float = 0.03  # per action, cosine
     alive: float = 0.05
     tilt: float = -0.2  # squared horizontal part of gravity in the body
@@ -134,13 +136,25 @@ def approach_distance_m(r: Readings, state: TaskState) -> jax.Array:
     return distance + _DETOUR_M * (1.0 - cosine)
 
 
+def aim_distance_m(r: Readings, state: TaskState) -> jax.Array:
+    """Horizontal distance of the ball to where it should go."""
+    to_aim = (aim_point_w(state) - r.ball_center_pos_w)[:2]
+    return jnp.sqrt(jnp.sum(to_aim**2) + 1e-8)
+
+
+def _new_ground_m_s(before_m: jax.Array, after_m: jax.Array) -> jax.Array:
+    """By how much a least distance has shrunk, as a speed clipped at 1 m/s; it is below 0 before the first action."""
+    return jnp.where(before_m < 0.0, 0.0, jnp.minimum((before_m - after_m) / c.ACTION_DT_S, 1.0))
+
+
 def _shot(t: Transition) -> jax.Array:
     return t.shot_value - t.before.shot_value
 
 
 def _shot_under_way(t: Transition) -> jax.Array:
-    """The ball rolls, and not to a bad end."""
-    return (jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2) & (t.shot_value > 0.0)
+    """In a penalty kick: the ball rolls, and not to a bad end. A target may need another touch."""
+    rolls = (jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2) & (t.shot_value > 0.0)
+    return rolls & (t.after.task != c.TARGET)
 
 
 def _approach(t: Transition) -> jax.Array:
@@ -150,9 +164,21 @@ def _approach(t: Transition) -> jax.Array:
     Only new ground pays: a ball that rolls away costs nothing, or no first touch is ever dared, and running
     after it brings nothing, or a kick into nowhere is worth the run (docs/experiments.md, e1, e2, e7).
     """
-    progress = (t.before.nearest_approach_m - t.after.nearest_approach_m) / c.ACTION_DT_S
-    progress = jnp.where(t.before.nearest_approach_m < 0.0, 0.0, progress)
-    return jnp.where(_shot_under_way(t), 0.5, jnp.minimum(progress, 1.0))
+    return jnp.where(
+        _shot_under_way(t), 0.5, _new_ground_m_s(t.before.nearest_approach_m, t.after.nearest_approach_m)
+    )
+
+
+def _dribble(t: Transition) -> jax.Array:
+    """Target task: one kick hits to 12 degrees at best, a metre and a half; the ball must be brought nearer first."""
+    return jnp.where(
+        t.after.task == c.TARGET, _new_ground_m_s(t.before.nearest_aim_m, t.after.nearest_aim_m), 0.0
+    )
+
+
+def _follow(t: Transition) -> jax.Array:
+    distance = approach_distance_m(t.readings, t.after)
+    return jnp.where(t.after.task == c.TARGET, jnp.exp(-distance), 0.0)
 
 
 def _face_ball(t: Transition) -> jax.Array:
@@ -202,6 +228,8 @@ def _success(t: Transition) -> jax.Array:
 TERMS = {
     "shot": _shot,
     "approach": _approach,
+    "dribble": _dribble,
+    "follow": _follow,
     "face_ball": _face_ball,
     "alive": _alive,
     "tilt": _tilt,

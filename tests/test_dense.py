@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from envs import constants as c
+from envs import episode
 from envs.tasks import Events, Readings, StartMix, Tasks, TaskState
 from rewards import dense
 
@@ -55,9 +56,9 @@ def test_shot_is_the_change_of_value(tasks):
     assert float(dense.dense_terms(_transition(tasks, shot=(1.5, 4.0)))["shot"]) == pytest.approx(2.5)
 
 
-def test_approach_pays_new_ground_only_then_a_constant_while_a_shot_is_under_way(tasks):
-    def approach(before, now, **changes):
-        t = _transition(tasks, "target", **changes)
+def test_approach_pays_new_ground_only_and_a_constant_while_a_penalty_is_under_way(tasks):
+    def approach(before, now, task="goalie", **changes):
+        t = _transition(tasks, task, **changes)
         t = t._replace(before=t.before._replace(nearest_approach_m=jnp.array(before)),
                        after=t.after._replace(nearest_approach_m=jnp.array(now)))  # fmt: skip
         return float(dense.dense_terms(t)["approach"])
@@ -67,6 +68,28 @@ def test_approach_pays_new_ground_only_then_a_constant_while_a_shot_is_under_way
     assert approach(-1.0, 2.0) == 0.0  # first action
     assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.5
     assert approach(2.0, 2.0, ball_vel=(0.31, 0.0, 0.0), shot=(0.0, -0.1)) == 0.0
+    assert approach(2.0, 2.0, "target", ball_vel=(0.31, 0.0, 0.0), shot=(0.0, 0.1)) == 0.0
+
+
+def test_dribbling_pays_new_ground_of_the_ball_and_following_it_in_the_target_task_only(tasks):
+    def terms(task, before, now, robot=(-2.0, 0.0)):
+        t = _transition(tasks, task, robot=robot)
+        aim = jnp.array([4.0, 0.0, 0.0])
+        t = t._replace(before=t.before._replace(nearest_aim_m=jnp.array(before)),
+                       after=t.after._replace(nearest_aim_m=jnp.array(now), target_pos_w=aim))  # fmt: skip
+        raw = dense.dense_terms(t)
+        return float(raw["dribble"]), float(raw["follow"])
+
+    assert terms("target", 2.0, 1.99) == pytest.approx((0.5, np.exp(-2.0)), abs=1e-4)  # 10 mm in 20 ms, 2 m behind
+    assert terms("target", 2.0, 1.9)[0] == 1.0 and terms("target", 2.0, 2.0)[0] == 0.0
+    assert terms("target", -1.0, 2.0)[0] == 0.0  # first action
+    assert terms("target", 2.0, 2.0, robot=(0.0, 0.5))[1] == pytest.approx(np.exp(-0.5 - 1.2), abs=1e-4)  # beside it
+    assert terms("goalie", 2.0, 1.99) == (0.0, 0.0)
+
+
+def test_least_distances_only_shrink(tasks):
+    nearest = [episode._least(jnp.array(before), jnp.array(1.5)) for before in (-1.0, 2.0, 1.0)]
+    assert [float(x) for x in nearest] == [1.5, 1.5, 1.0]
 
 
 def test_the_kicking_position_is_behind_the_ball(tasks):

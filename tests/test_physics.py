@@ -108,6 +108,33 @@ def test_our_scene_follows_the_official_model(official_envs):
     assert errors[:, 499].max() < 5e-3
 
 
+def test_a_running_step_follows_the_official_model(official_envs):
+    """A foot driven 20 mm into the ground meets every plane and the thin hull, which then pushes it down."""
+    official = official_envs["target"].sim.model._model
+    ours = scene.load_native_model()
+    errors, deepest = [], 0.0
+    for seed in range(5):
+        ends = []
+        for model, address, law in (
+            (official, scene.official_addresses(official), lambda t, q, v: torque_nm(t, q, v, np)),
+            (ours, scene.addresses(ours), lambda t, q, v: t),
+        ):
+            rng = np.random.default_rng(seed)
+            data = _start(model, address)
+            data.qpos[address.joint_q] = target = c.DEFAULT_POSE_RAD + rng.normal(0, 0.3, c.NUM_JOINTS)
+            data.qvel[address.root_v][:3] = [*rng.normal(0, 1.0, 2), -2.5]
+            for _ in range(50):
+                data.ctrl[:] = law(target, data.qpos[address.joint_q], data.qvel[address.joint_v])
+                mujoco.mj_step(model, data)
+                deepest = min(deepest, min((contact.dist for contact in data.contact), default=0.0))
+            ends.append((data.qpos[address.root_q][:3].copy(), data.qvel[address.joint_v].copy()))
+        errors.append([np.abs(a - b).max() for a, b in zip(*ends, strict=True)])
+    base_m, joint_rad_s = np.max(errors, axis=0)
+    print(f"\ndeepest {deepest * 1e3:.1f} mm; after 100 ms base {base_m * 1e3:.4f} mm, joints {joint_rad_s:.4f} rad/s")
+    assert deepest < -0.015
+    assert base_m < 1e-4 and joint_rad_s < 0.05
+
+
 def test_mjx_follows_native():
     """MJX in float32 (two planes) against native (two planes and pitch): reported, loose bound."""
     import jax

@@ -14,7 +14,7 @@ from errors import UserError
 from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
 from models.sac import Batch, Sac, policy_arrays
-from preprocess.observation import OBS_SIZE
+from preprocess.observation import OBS_SIZE, SLICES
 
 
 def _config(tmp_path, **changes):
@@ -44,6 +44,11 @@ def test_normalizer_gives_mean_and_variance():
         normalizer = normalizer.update(jnp.asarray(chunk))
     np.testing.assert_allclose(normalizer.mean, data.mean(0), atol=1e-3)
     np.testing.assert_allclose(normalizer.std, data.std(0), rtol=1e-3)
+    raised = SLICES["ball_pos_rel_robot_h"].start
+    by_hand = (data[0] - data.mean(0)) / data.std(0)
+    by_hand[raised : raised + 2] *= 4.0
+    np.testing.assert_allclose(normalizer(data[0])[:raised], by_hand[:raised], atol=1e-3)
+    np.testing.assert_allclose(normalizer(data[0])[raised : raised + 3], by_hand[raised : raised + 3], atol=1e-2)
     constant = nets.Normalizer.create(OBS_SIZE).update(jnp.ones((100, OBS_SIZE)))
     np.testing.assert_allclose(constant.std, nets.Normalizer.MIN_STD)
 

@@ -55,7 +55,7 @@ def test_native_colliders_equal_the_official(official):
     """Shape, size, place and contact parameters; and every pair of robot, ball and ground collides as there."""
     ours = scene.load_native_model()
     names = {name: ROBOT_PREFIX + name for name in ("Trunk", *SHANKS, *THIGHS, *FEET)}
-    pairs = {"ball": "ball", "grass": "field_base"}
+    pairs = {"ball": "ball", "grass": "field_base", "floor": "floor"}
     geoms = {name: (ours.geom(name).id, official.geom(theirs).id) for name, theirs in pairs.items()}
     for name, body in names.items():
         collides = [
@@ -74,7 +74,17 @@ def test_native_colliders_equal_the_official(official):
             np.testing.assert_allclose(
                 getattr(ours, field)[a], getattr(official, field)[b], atol=1e-9, err_msg=f"{name}.{field}"
             )
-    assert ours.geom("grass").pos[2] == official.geom("field_base").pos[2]
+    for name in ("grass", "floor"):
+        assert ours.geom(name).pos[2] == official.geom(pairs[name]).pos[2]
+    data = mujoco.MjData(official)
+    mujoco.mj_kinematics(official, data)
+    mesh = official.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    on_field = official.geom_bodyid == official.body("football_field").id
+    (hull,) = np.flatnonzero(on_field & mesh & (official.geom_contype > 0))
+    half = official.geom_size[hull].min()  # its frame is turned: the thinnest side stands up
+    pitch = ours.geom("pitch")
+    assert pitch.pos[2] + pitch.size[1] == pytest.approx(data.geom_xpos[hull][2] + half, abs=1e-6)
+    assert pitch.size[1] == pytest.approx(half, abs=3e-4)
     for first, (a1, b1) in geoms.items():
         for second, (a2, b2) in geoms.items():
             if first < second:
