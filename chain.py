@@ -11,9 +11,11 @@ Input: nothing. Output: under `--out`
     summary.json                    settings, seconds of each finished stage, scores; what `--resume` goes by
 
 Each stage is one of the scripts beside this file, run as a process of its own. The first one that fails stops
-the chain. `--resume` re-uses the stages that are finished and goes on with the others.
+the chain. `--resume` re-uses the stages that are finished and goes on with the others. SIGTERM is passed on to
+the stage, which saves its state; the chain ends with it, within 10 s, with status 143.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,7 +30,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import checkpoints
 import errors
+import resume
 from envs import constants as c
 from errors import UserError
 
@@ -39,6 +43,8 @@ START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same epis
 # Asked of the pre-trained policy; zero torque falls at 278, holding the default pose at 576.
 STAYS_UP_STEPS = 1000
 WIDTH = 110  # of the tables, also where the output is a file
+_POLL_S = 0.1
+_PATIENCE_S = 9.5  # for a stage after SIGTERM: it ends itself before
 _LEFT_BY_STAGES = (
     *("pretrain", "pretrain.resume", "pretrain.replay", "pretrain.metrics.jsonl", "converted", "gates.json"),
     *("finetuned", "finetuned.resume", "finetuned.replay", "evaluations", "submission"),
@@ -112,14 +118,35 @@ def stages(config: Config) -> dict[str, list[list[str]]]:
 
 
 def run_script(stage: str, command: list[str]) -> None:
-    """Run one script to its end; `UserError` if it fails. It says itself what was wrong."""
+    """Run one script to its end; `UserError` if it fails. It says itself what was wrong.
+
+    SIGTERM ends the script, then the chain: `SystemExit`.
+    """
     script, *arguments = command
-    status = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments]).returncode
-    if status:
+    with resume.StopSignal() as stop:
+        process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments])
+        while not stop.received and process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+    if stop.received:
+        end(process)
+        print(f"SIGTERM: stage '{stage}' is ended; the same command with --resume goes on from there", flush=True)
+        raise SystemExit(resume.STOPPED)
+    if status := process.returncode:
         raise UserError(
             f"stage '{stage}' failed: {script} ended with status {status}, its message is above; once its "
             "cause is removed, the same command with --resume goes on from here"
         )
+
+
+def end(process: subprocess.Popen) -> None:
+    """Pass SIGTERM on, and wait until the process has saved and ended; SIGKILL if it does not."""
+    process.terminate()
+    try:
+        process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 # --- the record -----------------------------------------------------------------------------------------
@@ -137,24 +164,27 @@ def resolve(config: Config) -> Config:
 def start_summary(config: Config) -> dict[str, Any]:
     """The summary to go on from, or a new one; `UserError` rather than a run over another's results."""
     settings = {"preset": config.preset, "seed": config.seed, "pretrain_steps": config.pretrain_steps}
-    file = config.out / "summary.json"
-    there = [config.out / name for name in ("summary.json", *_LEFT_BY_STAGES) if (config.out / name).exists()]
-    if not there:
+    file, new = _summary_files(config)
+    there = [path for path in (file, new, *(config.out / name for name in _LEFT_BY_STAGES)) if path.exists()]
+    if there in ([], [new]):  # killed before the first was whole
         return {"settings": settings, "seconds": {}}
     if not config.resume:
         raise UserError(f"{there[0]} exists: remove {config.out}, name another --out, or go on with --resume")
     try:
-        summary = json.loads(file.read_text())
-        theirs, _ = summary["settings"], summary["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        summary = json.loads((file if file.exists() else new).read_text())
+        theirs, seconds = summary["settings"], summary["seconds"]
+        if not (theirs.keys() == settings.keys() and all(map(_is_seconds, seconds.values()))):
+            raise ValueError("settings or seconds are not what the chain writes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{config.out} holds {there[-1].name} but no whole summary.json, so nobody can tell what is "
             "finished: remove it, or name another --out"
         ) from error
     for name, value in settings.items():
-        if theirs.get(name) != value:
+        if theirs[name] != value:
             raise UserError(
-                f"{config.out} was run with {name} = {theirs.get(name)}, not {value}: give the same, or another --out"
+                f"{config.out} was run with {name} = {str(theirs[name])[:60]}, not {value}: give the same, "
+                "or another --out"
             )
     saved = (config.out / f"pretrain.resume{suffix}" for suffix in ("", ".previous"))
     has_started = (config.out / "pretrain").exists() and "pretrain" not in summary["seconds"]
@@ -163,19 +193,37 @@ def start_summary(config: Config) -> dict[str, Any]:
             f"{config.out}: pre-training was stopped before it had saved a state to go on from: "
             "remove the directory and start again, or name another --out"
         )
+    if not file.exists():
+        os.rename(new, file)
     return summary
 
 
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12
+
+
 def write_summary(config: Config, summary: dict[str, Any]) -> None:
-    """Replace `summary.json` in one move, so that a kill leaves the old one or the new one."""
-    file = config.out / "summary.json"
+    """Write the new one beside it, then move: a kill leaves the old one or the new one, under either name.
+
+    No rename ever meets an existing name, so this also works where a rename cannot replace.
+    """
+    file, new = _summary_files(config)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        new = file.with_name("summary.json.writing")
-        new.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(new, file)
+        new.unlink(missing_ok=True)
+        checkpoints.write_file(new, (json.dumps(summary, indent=2) + "\n").encode())
+        file.unlink(missing_ok=True)
+        os.rename(new, file)
+        checkpoints.sync_directory(config.out)
     except OSError as error:
+        if file.exists():
+            new.unlink(missing_ok=True)  # on a full disk the room is needed
         raise UserError(f"cannot write {file}: {error.strerror}; free space or name another --out") from error
+
+
+def _summary_files(config: Config) -> tuple[Path, Path]:
+    """Where the summary lies, and where a new one is written."""
+    return config.out / "summary.json", config.out / "summary.json.writing"
 
 
 def remove_unfinished_reports(config: Config, stage: str) -> None:

@@ -1,8 +1,12 @@
 """One way to tell the user what was wrong, where, and what to do, without a traceback."""
 
+import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
+
+_INT_LIMIT = 2**62  # what arrays and random generators can hold, with room for a sum
 
 
 class UserError(Exception):
@@ -10,9 +14,40 @@ class UserError(Exception):
 
 
 def run(main: Callable[..., Any], *args: Any) -> Any:
-    """Call `main(*args)`; a `UserError` becomes one line on stderr and exit status 2."""
+    """Call `main(*args)`; a `UserError` becomes one line on stderr and exit status 2.
+
+    So does what a machine refuses wherever it happens: a full disk, a place without permission, too little
+    memory; and, before `main`, a configuration with numbers that are none. Errors of the code keep their traceback.
+    """
     try:
+        for config in args:
+            check_numbers(config)
         return main(*args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename is not None else ""
+        message = f"cannot use{where or ' a file'}: {error.strerror or error}; free space, or name a place to write to"
+    except MemoryError as error:
+        message = f"not enough memory ({error}): choose smaller settings"
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks, which names of files may hold."""
+    return " ".join(message.split())
+
+
+def check_numbers(config: Any, prefix: str = "--") -> None:
+    """Raise `UserError` where a number in a configuration is NaN, infinite or 2^62 and more."""
+    if not dataclasses.is_dataclass(config):
+        return
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{name} cannot be {number}: give a finite number")
+            if isinstance(number, int) and not -_INT_LIMIT <= number < _INT_LIMIT:
+                raise UserError(f"{name} has more digits than can be counted with: give a number below 2^62")
+        check_numbers(value, f"{name}.")

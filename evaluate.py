@@ -228,8 +228,12 @@ def reserve(file: Path) -> None:
 def write_json(content: dict, file: Path) -> None:
     """Write a new JSON file and print its name."""
     with file.open("x") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
+        try:
+            stream.write(json.dumps(content, indent=2) + "\n")
+            stream.flush()
+        except OSError:
+            file.unlink()  # on a full disk; half a file would only be in the way
+            raise
     print(file)
 
 

@@ -31,6 +31,8 @@ class Stopped(Exception):
 class StopSignal:
     """A context in which SIGTERM sets `received` instead of ending the process, which it does 9 s later.
 
+    Left with `SystemExit(STOPPED)` that deadline stays, for what is closed after it.
+
     Does nothing outside the main thread, where Python gets no signals.
     """
 
@@ -48,8 +50,10 @@ class StopSignal:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self._ended.set()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+        # A stopped run still has to close what it opened: the deadline holds until the process is gone.
+        if not (isinstance(error, SystemExit) and error.code == STOPPED):
+            self._ended.set()
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._before[1])
             signal.signal(signal.SIGTERM, self._before[0])
@@ -77,7 +81,7 @@ class StopSignal:
             if byte[0] == signal.SIGTERM:
                 self.received = True
                 if not self._ended.wait(_DEADLINE_S):
-                    print("SIGTERM: no time to save; the last saved state is whole", file=sys.stderr, flush=True)
+                    print("SIGTERM: out of time; the last saved state is whole", file=sys.stderr, flush=True)
                     os._exit(STOPPED)
         os.close(self._read)
 

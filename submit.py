@@ -55,6 +55,7 @@ from rewards.official import WEIGHTS
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
+_FILES = (MODEL, PREPROCESSOR, SCORE)  # whose checksums the manifest holds
 RECEIPT = "submission.json"  # only after sending: what the platform answered
 KEY_VARIABLE = "SAI_API_KEY"
 SCORE_TOLERANCE = 1e-9  # same torques in the same environment: only the order of a sum may differ
@@ -98,7 +99,7 @@ def main(config: Config) -> Path:
         print(f"{config.out} already holds this package, proved; its files are as they were written")
     else:
         build(config, checkpoint, identity)
-    _print_score(json.loads((config.out / SCORE).read_text()))
+    print_score(config.out)
     name = config.name or f"{checkpoint.stage}-{checkpoint.hash}"
     _print_contents(config, name)
     if config.yes:
@@ -118,7 +119,10 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
         raise UserError(f"cannot write into {config.out.parent}: {error.strerror}; choose another --out") from error
     try:
         model = scripted(actor_from_checkpoint(checkpoint), config.hold)
-        torch.jit.save(model, str(work / MODEL))
+        try:
+            torch.jit.save(model, str(work / MODEL))
+        except RuntimeError as error:  # how PyTorch reports a full disk
+            raise UserError(f"cannot write {config.out}: {_one_line(error)}; free space there") from error
         (work / PREPROCESSOR).write_text(inspect.getsource(Preprocessor))
         score = prove(work, checkpoint, config)
         _write_json(work / SCORE, score)
@@ -130,7 +134,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
             "official_score": score["mean"],
             "versions": _versions(),
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": {file: _sha256(work / file) for file in (MODEL, PREPROCESSOR, SCORE)},
+            "files": {file: _sha256(work / file) for file in _FILES},
         }
         _write_json(work / MANIFEST, manifest)
         os.chmod(work, 0o755)  # mkdtemp's own is for the owner only
@@ -414,8 +418,9 @@ def _check_same_package(out: Path, identity: dict[str, Any]) -> None:
     try:
         manifest = json.loads((out / MANIFEST).read_text())
         is_same = all(manifest[key] == value for key, value in identity.items())
-        is_whole = all(_sha256(out / file) == digest for file, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = manifest["files"]
+        is_whole = files.keys() == set(_FILES) and all(_sha256(out / file) == files[file] for file in _FILES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_same = is_whole = False
     if not (is_same and is_whole):
         raise UserError(
@@ -446,7 +451,15 @@ def _one_line(error: BaseException) -> str:
     return text.replace(key, "***") if key else text
 
 
-def _print_score(score: dict[str, Any]) -> None:
+def print_score(package: Path) -> None:
+    """The table of a package's score; `UserError` if its file is none."""
+    try:
+        _print_table(json.loads((package / SCORE).read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{package / SCORE} is no score of a package: move {package} away") from error
+
+
+def _print_table(score: dict[str, Any]) -> None:
     print(f"\n{'task':<10}{'SDK':>9}{'replayed':>12}{'torque N m':>12}{'evaluate':>10}{'apart':>10}")
     for task, entry in score["tasks"].items():
         line = f"{task:<10}{entry['mean']:>9.3f}{entry['same_torques_max_difference']:>12.1e}"

@@ -128,8 +128,8 @@ def resolve(config: Config) -> Config:
     for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
-    if config.seed < 0:
-        raise UserError(f"--seed must not be negative, got {config.seed}")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--seed must lie in [0, 2^32), of which JAX keeps all bits; got {config.seed}")
     if config.buffer_size < config.num_envs:
         raise UserError(f"--buffer-size {config.buffer_size} is less than one action of {config.num_envs} lanes")
     engine = config.engine

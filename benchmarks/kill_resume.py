@@ -34,7 +34,7 @@ import checkpoints  # noqa: E402
 import errors  # noqa: E402
 import resume  # noqa: E402
 
-_POLL_S = 0.002
+_POLL_S = 0.005
 _LIMIT_S = 1800.0  # no run takes so long, on the slowest machine
 
 
@@ -47,37 +47,38 @@ class Config:
     stages: tuple[Literal["pretrain", "finetune"], ...] = ("pretrain", "finetune")
     steps: int | None = None  # of each run; None takes the stage's own, below
     seed: int = 0  # of the instants
+    cache: Path | None = None  # directory of compiled code, kept for the next time; None: with the runs
     keep: Path | None = None  # directory for the runs; None: a temporary one, deleted afterwards
 
 
 # Small enough for seconds, and with everything in it that a state must hold.
-_STAGES = {
+STAGES = {
     "pretrain": [
-        "train_mjx_sac.py", "--engine", "native", "--num-envs", "8", "--total-steps", "2400", "--batch-size", "32",
-        "--updates-per-iteration", "2", "--buffer-size", "700", "--learning-starts", "160", "--dr-level", "1",
-        "--max-actions", "40", "--evaluation-lanes", "3", "--evaluation-every", "1000", "--log-every", "400",
-        "--checkpoint-every", "80", "--checkpoint-interval-s", "0",
+        "train_mjx_sac.py", "--engine", "native", "--num-envs", "8", "--total-steps", "960", "--batch-size", "32",
+        "--updates-per-iteration", "2", "--buffer-size", "300", "--learning-starts", "80", "--dr-level", "1",
+        "--max-actions", "40", "--evaluation-lanes", "3", "--evaluation-every", "400", "--log-every", "200",
+        "--checkpoint-every", "40", "--checkpoint-interval-s", "0",
     ],
     "finetune": [
-        "finetune_ddpg.py", "--from-scratch", "--num-lanes", "3", "--total-steps", "1500", "--warmup-steps", "120",
-        "--warmup-updates", "20", "--freeze-hidden-until", "500", "--freeze-input-until", "1000",
-        "--updates-per-round", "1", "--batch-size", "32", "--buffer-size", "400", "--validation-episodes", "2",
-        "--confirmation-episodes", "2", "--validate-every", "700", "--log-every", "300", "--device", "cpu",
-        "--checkpoint-every", "60", "--checkpoint-interval-s", "0", "--keep-state",
+        "finetune_ddpg.py", "--from-scratch", "--num-lanes", "3", "--total-steps", "480", "--warmup-steps", "60",
+        "--warmup-updates", "10", "--freeze-hidden-until", "160", "--freeze-input-until", "320",
+        "--updates-per-round", "1", "--batch-size", "32", "--buffer-size", "150", "--validation-episodes", "2",
+        "--confirmation-episodes", "2", "--validate-every", "480", "--log-every", "120", "--device", "cpu",
+        "--checkpoint-every", "30", "--checkpoint-interval-s", "0", "--keep-state",
     ],
 }  # fmt: skip
 
 
-def start(stage: str, out: Path, cache: Path, steps: int | None) -> subprocess.Popen:
-    """Start a stage with `--resume`, in a process group of its own, its output in `<out>.log`."""
-    command = [sys.executable, *_STAGES[stage], "--out", str(out), "--resume"]
+def start(stage: str, out: Path, cache: Path, steps: int | None, log: Path | None = None) -> subprocess.Popen:
+    """Start a stage with `--resume`, in a process group of its own, its output in `log`, by default `<out>.log`."""
+    command = [sys.executable, *STAGES[stage], "--out", str(out), "--resume"]
     if steps is not None:
         command[command.index("--total-steps") + 1] = str(steps)
     # Compiled code is kept between the processes: the same code, and a resumed run starts in seconds.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "MUJOCO_GL": "disable"}  # fmt: skip
-    with open(f"{out}.log", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    with open(log or f"{out}.log", "ab") as file:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
 def run_to_end(stage: str, out: Path, cache: Path, steps: int | None) -> tuple[float, float]:
@@ -136,8 +137,11 @@ def kill_once(stage: str, out: Path, cache: Path, steps: int | None, delay_s: fl
     return "ended"
 
 
-def terminate(stage: str, out: Path, cache: Path, steps: int | None, delay_s: float) -> float:
-    """Start a run and send it SIGTERM `delay_s` after its first saved state; returns the seconds it took to end."""
+def terminate(stage: str, out: Path, cache: Path, steps: int | None, delay_s: float) -> float | None:
+    """Start a run, send it SIGTERM `delay_s` after its first saved state; returns the seconds it took to end.
+
+    None if the run had finished before.
+    """
     process, started = start(stage, out, cache, steps), time.monotonic()
     while process.poll() is None and not saved_state(out).exists() and time.monotonic() - started < _LIMIT_S:
         time.sleep(_POLL_S)
@@ -146,7 +150,9 @@ def terminate(stage: str, out: Path, cache: Path, steps: int | None, delay_s: fl
     process.terminate()
     status = process.wait()
     seconds = time.monotonic() - sent
-    if status != resume.STOPPED or seconds > 10:
+    if status == 0:
+        return None
+    if status != resume.STOPPED:
         raise errors.UserError(f"SIGTERM: a run ended after {seconds:.1f} s with status {status}: see {out}.log")
     return seconds
 
@@ -174,9 +180,9 @@ def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def try_stage(stage: str, config: Config, place: Path) -> int:
-    """All trials of one stage; returns how many ended with the very bits."""
+    """All trials of one stage; returns how many ended with the very bits. One that cannot go on counts as failed."""
     rng = random.Random(f"{config.seed} {stage}")
-    cache = place / "compiled"
+    cache = (config.cache or place / "compiled").resolve()
     reference, again = place / f"{stage}-never-killed", place / f"{stage}-again"
     first_s, span_s = run_to_end(stage, reference, cache, config.steps)
     if config.trials > 1:  # the first run compiled, this one shows how long they take
@@ -186,28 +192,50 @@ def try_stage(stage: str, config: Config, place: Path) -> int:
     print(f"{stage}: {first_s:.1f} s to the first state and {span_s:.1f} s more without a kill", flush=True)
     good = 0
     for trial in range(config.trials):
-        out, told, longest_s = place / f"{stage}-{trial}", [], span_s
-        while len(told) < config.kills + (trial == 0):
-            if trial == 0 and not told:
-                took_s = terminate(stage, out, cache, config.steps, rng.uniform(0, span_s / 2))
-                told.append(f"SIGTERM, ended after {took_s:.1f} s with status {resume.STOPPED}")
-            delay_s = -rng.uniform(0, first_s) if rng.random() < 0.1 else rng.uniform(0, longest_s)
-            write_s = rng.uniform(0, 0.03) if delay_s > 0 and rng.random() < 1 / 3 else None
-            doing = kill_once(stage, out, cache, config.steps, delay_s, write_s)
-            if doing == "ended":  # too late to be a kill: the trial starts over
-                longest_s *= 0.8
-                told = []
-                _remove_all(place, out.name)
-            else:
-                told.append(f"killed at {delay_s:+.1f} s {doing}")
-        run_to_end(stage, out, cache, config.steps)
-        wrong = list(differences(reference, out))
-        good += not wrong
-        verdict = "identical" if not wrong else f"{len(wrong)} arrays differ, such as {wrong[0]}"
+        out, told = place / f"{stage}-{trial}", []
+        try:
+            took_s = kill_repeatedly(stage, out, cache, config, rng, (first_s, span_s), trial == 0, told)
+            run_to_end(stage, out, cache, config.steps)
+            wrong = list(differences(reference, out))
+            verdict = "identical" if not wrong else f"{len(wrong)} arrays differ, such as {wrong[0]}"
+            if took_s is not None and took_s > 10:
+                verdict += ", but SIGTERM took too long"
+        except errors.UserError as error:
+            verdict = f"FAILED: {error}"
+        good += verdict == "identical"
         print(f"{stage} {trial + 1}/{config.trials}: {', '.join(told)}: {verdict}", flush=True)
-        if not wrong:
+        if verdict == "identical":
             _remove_all(place, out.name)
     return good
+
+
+def kill_repeatedly(stage: str, out: Path, cache: Path, config: Config, rng: random.Random,
+                    times_s: tuple[float, float], terminates: bool, told: list[str]) -> float | None:  # fmt: skip
+    """Start one run and kill it `config.kills` times, before that with SIGTERM if it `terminates`.
+
+    `times_s` are the seconds to a run's first state and from there to its end; `told` takes what was done. Returns
+    the seconds to its end after SIGTERM.
+    """
+    first_s, longest_s = times_s
+    took_s = None
+    while len(told) < config.kills + terminates:
+        if terminates and not told:
+            took_s = terminate(stage, out, cache, config.steps, rng.uniform(0, longest_s / 2))
+            if took_s is None:
+                longest_s *= 0.8
+                _remove_all(out.parent, out.name)
+                continue
+            told.append(f"SIGTERM, ended after {took_s:.1f} s with status {resume.STOPPED}")
+        delay_s = -rng.uniform(0, first_s) if rng.random() < 0.1 else rng.uniform(0, longest_s)
+        write_s = rng.uniform(0, 0.03) if delay_s > 0 and rng.random() < 1 / 3 else None
+        doing = kill_once(stage, out, cache, config.steps, delay_s, write_s)
+        if doing == "ended":  # too late to be a kill: the trial starts over
+            longest_s *= 0.8
+            told.clear()
+            _remove_all(out.parent, out.name)
+        else:
+            told.append(f"killed at {delay_s:+.1f} s {doing}")
+    return took_s
 
 
 def _remove_all(place: Path, name: str) -> None:

@@ -11,11 +11,13 @@ import functools
 import multiprocessing
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -342,7 +344,14 @@ _worker: dict = {}  # policy and start noise of this worker process
 
 
 def _start_worker(policy: Policy, start_noise_rad: float) -> None:
+    end_with_parent()
     _worker.update(policy=policy, start_noise_rad=start_noise_rad)
+
+
+def end_with_parent() -> None:
+    """In a worker process: end when the parent is gone, however it went. A pool's workers would play on."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 _env_of = functools.cache(make)  # one environment per task and process: making one takes a second

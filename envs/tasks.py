@@ -341,9 +341,10 @@ class Tasks:
         is_target = state.task == c.TARGET
         target_distance = jnp.linalg.norm(r.ball_site_pos_w - state.target_pos_w)
         one = jnp.array(1.0)
+        speed_left = jnp.where(events.blocked, c.BLOCKED_SPEED_SHARE, 1.0)
         return {
             "goal_scored": jnp.where(is_target, 0.0, events.success),
-            "ball_vel_twd_goal": jnp.where(is_target, 0.0, -r.ball_site_vel_w[0]),
+            "ball_vel_twd_goal": jnp.where(is_target, 0.0, -r.ball_site_vel_w[0] * speed_left),
             "robot_distance_ball": jnp.where(is_target, 0.0, jnp.where(state.hits > 0, 1.5, 1 - jnp.tanh(distance))),
             "offside": events.out_of_field * one,
             "robot_fallen": jnp.where(is_target, 0.0, events.fallen),

@@ -829,6 +829,7 @@ _worker: dict = {}  # policy and start noise of this worker process
 
 
 def _start_worker(policy: Policy, start_noise_rad: float) -> None:
+    official.end_with_parent()
     _worker.update(policy=policy, start_noise_rad=start_noise_rad)
 
 

@@ -10,17 +10,30 @@ import numpy as np
 
 
 class Preprocessor:
-    """Official `obs` and `info` to the policy's (B, 87) float32, for any batch size or none."""
+    """Official `obs` and `info` to the policy's (B, 87) float32, for any batch size or none.
+
+    What lacks a number or has another shape is refused with a `ValueError`; NaN stays in its own row.
+    """
 
     def modify_state(self, obs, info):
         joints = 12
-        obs = np.asarray(obs, dtype=np.float64)
+        try:
+            obs = np.asarray(obs, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError("obs is no array of numbers") from None
+        if obs.ndim == 0 or obs.shape[-1] < 2 * joints:
+            raise ValueError(f"obs has shape {obs.shape}, not (batch, {2 * joints} joint numbers and more)")
         obs = obs.reshape(-1, obs.shape[-1])
         batch = obs.shape[0]
 
         def get(name, width):
-            value = np.asarray(info[name], dtype=np.float64).reshape(-1, width)
-            return np.broadcast_to(value, (batch, width))
+            try:
+                value = np.asarray(info[name], dtype=np.float64)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                raise ValueError(f"info[{name!r}] is missing, or no array of numbers") from None
+            if value.shape[-1:] != (width,) or value.size not in (width, batch * width):
+                raise ValueError(f"info[{name!r}] has shape {value.shape}, not ({batch}, {width})")
+            return np.broadcast_to(value.reshape(-1, width), (batch, width))
 
         x, y, z, w = get("robot_quat", 4).T
         cos, sin = (w - z) * (w + z) + (x - y) * (x + y), 2 * (w * z + x * y)

@@ -82,25 +82,33 @@ def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
     keeper_margin = jnp.abs(y_cross - keeper_y) - c.KEEPER_HALF_WIDTH_LOW_M - c.BALL_RADIUS_M
     inside = _soft(post_margin, 0.1)
     past_keeper = _soft(keeper_margin, 0.1)
-    goalie = 2.5 * inside * past_keeper - 0.5 * inside * (1 - past_keeper) - 3.0 * (1 - inside)
-    # Obstacle: a rolling ball must end on a defender (-0.5), not past the line beside them (-3).
+    speed_score = 1.5 * jnp.clip(toward, -1.0, 10.0)
+    blocked = -0.5 - (1.0 - c.BLOCKED_SPEED_SHARE) * speed_score
+    goalie = 2.5 * inside * past_keeper + blocked * inside * (1 - past_keeper) - 3.0 * (1 - inside)
+    # Obstacle: a rolling ball must end on a defender, not past the line beside them (-3).
     z_cross = jnp.maximum(z + vz * time_s - 0.5 * _GRAVITY_M_S2 * time_s**2, c.BALL_RADIUS_M)
     window = jnp.stack([y_cross, z_cross]) - state.target_pos_w[1:]
     in_window = jnp.exp(-jnp.sum(window**2) / 0.35**2)
     reach = c.DEFENDER_HALF_WIDTH_M + c.BALL_RADIUS_M
     on_defender = _soft(jnp.max(reach - jnp.abs(y_cross - state.defender_pos_w[:, 1])), 0.1)
-    rolling = -0.5 * on_defender - 3.0 * (1 - on_defender)
+    rolling = blocked * on_defender - 3.0 * (1 - on_defender)
     obstacle = 2.5 * in_window + (1 - in_window) * rolling
     where_it_ends = jnp.where(state.task == c.OBSTACLE, obstacle, goalie)
-    return 1.5 * jnp.clip(toward, -1.0, 10.0) + moving * where_it_ends
+    return speed_score + moving * where_it_ends
 
 
-def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
-    """Expected score of the ball's motion in the target task, times three so that it weighs beside a kick.
+class TargetPath(NamedTuple):
+    """What the ball's motion promises in the target task; it does not slow down. Each () in [0, 1] but the miss."""
 
-    The ball does not slow down: by how much the line of its motion misses the target decides; the angle
-    teaches from far off.
-    """
+    miss_m: jax.Array  # by how much the line of its motion misses the target
+    ahead: jax.Array  # the target lies before it
+    hit: jax.Array  # how nearly it hits
+    in_time: jax.Array  # it gets there before the time is up
+    lost: jax.Array  # it leaves the field before the time is up
+
+
+def target_path(r: Readings, state: TaskState) -> TargetPath:
+    """Where the ball is going."""
     to_target = (state.target_pos_w - r.ball_center_pos_w)[:2]
     velocity = r.ball_center_vel_w[:2]
     speed = jnp.sqrt(jnp.sum(velocity**2) + 1e-8)
@@ -108,18 +116,32 @@ def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
     along = jnp.dot(direction, to_target)
     miss_m = jnp.abs(direction[0] * to_target[1] - direction[1] * to_target[0])
     ahead = _soft(along, 0.3)
-    hit = ahead * 0.5 * (jnp.exp(-((miss_m / 0.5) ** 2)) + jnp.exp(-((miss_m / 1.5) ** 2)))
-    cosine = along / jnp.sqrt(jnp.sum(to_target**2) + 1e-8)
-    near = 0.5 * ahead * jnp.exp(-miss_m / 2.0) + 0.25 * (1.0 + cosine)
-    moving = jnp.clip(speed - 0.2, 0.0, 1.0)
-    # A slow ball may be met again, and is still in the field when time is up: a lost one costs 1.
     left_s = c.EPISODE_ACTIONS * c.ACTION_DT_S - state.action_count * c.ACTION_DT_S
     half_field = jnp.array([c.FIELD_HALF_LENGTH_M, c.FIELD_HALF_WIDTH_M])
     room_m = jnp.maximum(half_field - jnp.sign(velocity) * r.ball_center_pos_w[:2], 0.0)
     out_s = jnp.min(room_m / jnp.maximum(jnp.abs(velocity), 1e-3))
-    in_time = _soft(left_s - along / speed, 0.3)
-    lost = _soft(left_s - out_s, 0.3)
-    return 3.0 * moving * (2.0 * hit * in_time + 0.7 * near - lost * (1.0 - hit))
+    return TargetPath(
+        miss_m=miss_m,
+        ahead=ahead,
+        hit=ahead * 0.5 * (jnp.exp(-((miss_m / 0.5) ** 2)) + jnp.exp(-((miss_m / 1.5) ** 2))),
+        in_time=_soft(left_s - along / speed, 0.3),
+        lost=_soft(left_s - out_s, 0.3),
+    )
+
+
+def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
+    """Expected score of the ball's motion in the target task, times three so that it weighs beside a kick.
+
+    By how much the line of its motion misses the target decides; the angle teaches from far off. A slow ball may
+    be met again, and is still in the field when time is up: a lost one costs 1.
+    """
+    path = target_path(r, state)
+    to_target, velocity = (state.target_pos_w - r.ball_center_pos_w)[:2], r.ball_center_vel_w[:2]
+    speed = jnp.sqrt(jnp.sum(velocity**2) + 1e-8)
+    cosine = jnp.dot(velocity, to_target) / (speed * jnp.sqrt(jnp.sum(to_target**2) + 1e-8))
+    near = 0.5 * path.ahead * jnp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + cosine)
+    moving = jnp.clip(speed - 0.2, 0.0, 1.0)
+    return 3.0 * moving * (2.0 * path.hit * path.in_time + 0.7 * near - path.lost * (1.0 - path.hit))
 
 
 def shot_value(r: Readings, state: TaskState) -> jax.Array:
@@ -164,21 +186,21 @@ def _approach(t: Transition) -> jax.Array:
     Only new ground pays: a ball that rolls away costs nothing, or no first touch is ever dared, and running
     after it brings nothing, or a kick into nowhere is worth the run (docs/experiments.md, e1, e2, e7).
     """
-    return jnp.where(
-        _shot_under_way(t), 0.5, _new_ground_m_s(t.before.nearest_approach_m, t.after.nearest_approach_m)
-    )
+    return jnp.where(_shot_under_way(t), 0.5, _new_ground_m_s(t.before.nearest_approach_m, t.after.nearest_approach_m))
 
 
 def _dribble(t: Transition) -> jax.Array:
     """Target task: one kick hits to 12 degrees at best, a metre and a half; the ball must be brought nearer first."""
-    return jnp.where(
-        t.after.task == c.TARGET, _new_ground_m_s(t.before.nearest_aim_m, t.after.nearest_aim_m), 0.0
-    )
+    return jnp.where(t.after.task == c.TARGET, _new_ground_m_s(t.before.nearest_aim_m, t.after.nearest_aim_m), 0.0)
 
 
 def _follow(t: Transition) -> jax.Array:
-    distance = approach_distance_m(t.readings, t.after)
-    return jnp.where(t.after.task == c.TARGET, jnp.exp(-distance), 0.0)
+    """Target task: behind the ball; or a ball that will hit, behind which nobody needs to run (and fall)."""
+    path = target_path(t.readings, t.after)
+    rolls = jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2
+    will_hit = jnp.where(rolls, path.hit * path.in_time, 0.0)
+    behind = jnp.exp(-approach_distance_m(t.readings, t.after))
+    return jnp.where(t.after.task == c.TARGET, jnp.maximum(behind, will_hit), 0.0)
 
 
 def _face_ball(t: Transition) -> jax.Array:

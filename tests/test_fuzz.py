@@ -12,7 +12,8 @@ from benchmarks import fuzz
 
 
 def test_hostile_inputs_do_no_harm():
-    assert set(fuzz.main(fuzz.Config(examples=210)).values()) == {30}
+    counts = fuzz.main(fuzz.Config(examples=200))
+    assert counts.pop("info") == 40 and set(counts.values()) == {20}
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,14 @@ sys.exit(resume.STOPPED if stop.received else 0)
     [
         ("while not stop.received: time.sleep(0.01)\n    print('saved')", "saved"),
         # Code that does not look, as a compiler.
-        ("while True: ctypes.CDLL(None).sleep(60)", "no time to save"),
+        ("while True: ctypes.CDLL(None).sleep(60)", "out of time"),
         ("try:\n        with stop.interrupting(): time.sleep(60)\n    except resume.Stopped: print('saved')", "saved"),
+        # What is closed after the state is saved takes too long.
+        (
+            "while not stop.received: time.sleep(0.01)\n    import atexit; atexit.register(time.sleep, 60)\n"
+            "    print('saved', flush=True)\n    raise SystemExit(resume.STOPPED)",
+            "out of time",
+        ),
     ],
 )
 def test_sigterm_ends_a_run_in_time_with_its_own_status(body, says):
