@@ -95,6 +95,7 @@ class OfficialSide:
             in_contact=jnp.array(False),
             shot_value=jnp.array(0.0),
             nearest_approach_m=jnp.array(-1.0),
+            nearest_aim_m=jnp.array(-1.0),
         )
 
 
