@@ -98,8 +98,10 @@ def penalty_shot_value(r: Readings, state: TaskState) -> jax.Array:
 
 
 class TargetPath(NamedTuple):
-    """What the ball's motion promises in the target task; it does not slow down. Each () in [0, 1] but the miss."""
+    """What the ball's motion promises in the target task; it does not slow down. Each (); shares in [0, 1]."""
 
+    speed_m_s: jax.Array  # horizontal
+    cosine: jax.Array  # of the angle between its motion and the way to the target
     miss_m: jax.Array  # by how much the line of its motion misses the target
     ahead: jax.Array  # the target lies before it
     hit: jax.Array  # how nearly it hits
@@ -121,6 +123,8 @@ def target_path(r: Readings, state: TaskState) -> TargetPath:
     room_m = jnp.maximum(half_field - jnp.sign(velocity) * r.ball_center_pos_w[:2], 0.0)
     out_s = jnp.min(room_m / jnp.maximum(jnp.abs(velocity), 1e-3))
     return TargetPath(
+        speed_m_s=speed,
+        cosine=along / jnp.sqrt(jnp.sum(to_target**2) + 1e-8),
         miss_m=miss_m,
         ahead=ahead,
         hit=ahead * 0.5 * (jnp.exp(-((miss_m / 0.5) ** 2)) + jnp.exp(-((miss_m / 1.5) ** 2))),
@@ -136,11 +140,8 @@ def target_shot_value(r: Readings, state: TaskState) -> jax.Array:
     be met again, and is still in the field when time is up: a lost one costs 1.
     """
     path = target_path(r, state)
-    to_target, velocity = (state.target_pos_w - r.ball_center_pos_w)[:2], r.ball_center_vel_w[:2]
-    speed = jnp.sqrt(jnp.sum(velocity**2) + 1e-8)
-    cosine = jnp.dot(velocity, to_target) / (speed * jnp.sqrt(jnp.sum(to_target**2) + 1e-8))
-    near = 0.5 * path.ahead * jnp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + cosine)
-    moving = jnp.clip(speed - 0.2, 0.0, 1.0)
+    near = 0.5 * path.ahead * jnp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine)
+    moving = jnp.clip(path.speed_m_s - 0.2, 0.0, 1.0)
     return 3.0 * moving * (2.0 * path.hit * path.in_time + 0.7 * near - path.lost * (1.0 - path.hit))
 
 
@@ -173,10 +174,13 @@ def _shot(t: Transition) -> jax.Array:
     return t.shot_value - t.before.shot_value
 
 
+def _ball_rolls(t: Transition) -> jax.Array:
+    return jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2
+
+
 def _shot_under_way(t: Transition) -> jax.Array:
     """In a penalty kick: the ball rolls, and not to a bad end. A target may need another touch."""
-    rolls = (jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2) & (t.shot_value > 0.0)
-    return rolls & (t.after.task != c.TARGET)
+    return _ball_rolls(t) & (t.shot_value > 0.0) & (t.after.task != c.TARGET)
 
 
 def _approach(t: Transition) -> jax.Array:
@@ -197,8 +201,7 @@ def _dribble(t: Transition) -> jax.Array:
 def _follow(t: Transition) -> jax.Array:
     """Target task: behind the ball; or a ball that will hit, behind which nobody needs to run (and fall)."""
     path = target_path(t.readings, t.after)
-    rolls = jnp.sum(t.readings.ball_center_vel_w**2) > _ROLLING_M_S**2
-    will_hit = jnp.where(rolls, path.hit * path.in_time, 0.0)
+    will_hit = jnp.where(_ball_rolls(t), path.hit * path.in_time, 0.0)
     behind = jnp.exp(-approach_distance_m(t.readings, t.after))
     return jnp.where(t.after.task == c.TARGET, jnp.maximum(behind, will_hit), 0.0)
 
