@@ -6,6 +6,7 @@ loop). Both give their whole state as arrays, so that a run can go on exactly wh
 
 import functools
 import os
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import jax
@@ -13,20 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from envs import constants as c
-from envs.episode import Outcome, advance
+from envs.episode import Outcome, advance, critic_observation
 from envs.native_engine import NativeEngine
 from envs.pd import joint_target_rad
 from envs.randomization import level
 from envs.tasks import StartMix, Tasks, TaskState
 from errors import UserError
-from models.sac import Batch, Sac, SacState
+from models.sac import Batch, Sac, SacState, between
 from preprocess.observation import OBS_SIZE
+from preprocess.privileged import CRITIC_OBS_SIZE
 from replay import Replay
 from resume import check_like, restore_rng, rng_array
 from rewards.dense import DenseWeights
 
 # Of one transition, by the names of `Batch`.
-ROW_SHAPES = {"obs": (OBS_SIZE,), "action": (c.NUM_JOINTS,), "reward": (), "next_obs": (OBS_SIZE,), "terminated": ()}
+ROW_SHAPES = {"critic_obs": (CRITIC_OBS_SIZE,), "action": (c.NUM_JOINTS,), "reward": (),
+              "next_critic_obs": (CRITIC_OBS_SIZE,), "terminated": ()}  # fmt: skip
 
 
 class Settings(Protocol):
@@ -38,14 +41,21 @@ class Settings(Protocol):
     batch_size: int
     updates_per_iteration: int
     buffer_size: int
+    ramp_steps: int
     max_actions: int
     starts: StartMix
     weights: DenseWeights
 
 
-def add_observation_noise(state: SacState, obs: jax.Array, key: jax.Array, std: float) -> jax.Array:
-    """Observation noise of the randomisation level, in units of the normaliser's standard deviation."""
-    return obs if std == 0.0 else obs + std * state.normalizer.std * jax.random.normal(key, obs.shape)
+_FALL_SHARE = (0.5, 1.0)  # of the fall penalty: in full from the start, no step is dared (docs/experiments.md, a4)
+
+
+def add_observation_noise(state: SacState, critic_obs: jax.Array, key: jax.Array, std: float) -> jax.Array:
+    """Noise of the randomisation level on the policy's part (the first 87), in the normaliser's standard deviations."""
+    if std == 0.0:
+        return critic_obs
+    noise = std * state.normalizer.std * jax.random.normal(key, (*critic_obs.shape[:-1], OBS_SIZE))
+    return critic_obs.at[..., :OBS_SIZE].add(noise)
 
 
 # --- episode statistics ---------------------------------------------------------------------------------
@@ -109,6 +119,21 @@ def named(arrays: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
 
 
+def ramp(config: Settings, steps: jax.Array) -> jax.Array:
+    """How far, in [0, 1], the run is on its way between the pairs of its settings."""
+    return jnp.minimum(steps / config.ramp_steps, 1.0)
+
+
+def lanes_advance(config: Settings, tasks: Tasks):
+    """`advance` over lanes, with the fall penalty of the moment."""
+
+    def one(view, task_state, action, progress):
+        weights = replace(config.weights, fallen=config.weights.fallen * between(_FALL_SHARE, progress))
+        return advance(tasks, view, task_state, action, weights, config.max_actions)
+
+    return jax.vmap(one, in_axes=(0, 0, 0, None))
+
+
 # --- native engine: physics on C threads, learning in XLA -------------------------------------------------
 
 
@@ -124,8 +149,8 @@ class NativeLoop:
         self.count = 0  # iterations: every draw has its own number, whatever other lanes do
         self.rng = np.random.default_rng(config.seed)
         noise = level(config.dr_level).obs_noise_std
-        advance_lanes = jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, config.max_actions))
-        observe = jax.vmap(tasks.observe)
+        advance_lanes = lanes_advance(config, tasks)
+        observe = jax.vmap(functools.partial(critic_observation, tasks))
 
         # Each jitted function derives its key from the iteration's number, to spare a dispatch per split.
         act_key, noise_key, reset_key = jax.random.split(jax.random.key(config.seed + 1), 3)
@@ -136,13 +161,13 @@ class NativeLoop:
 
         @jax.jit
         def after_physics(state, view, task_state, action, count):
-            task_state, outcome = advance_lanes(view, task_state, action)
-            obs = add_observation_noise(state, outcome.obs, jax.random.fold_in(noise_key, count), noise)
+            task_state, outcome = advance_lanes(view, task_state, action, ramp(config, count * config.num_envs))
+            seen = add_observation_noise(state, outcome.critic_obs, jax.random.fold_in(noise_key, count), noise)
             return (
                 task_state,
-                outcome._replace(obs=obs),
+                outcome._replace(critic_obs=seen),
                 iteration_sums(outcome, task_state),
-                state.normalizer.update(obs),
+                state.normalizer.update(seen[:, :OBS_SIZE]),
             )
 
         @jax.jit
@@ -151,9 +176,9 @@ class NativeLoop:
             return jax.vmap(lambda k: tasks.reset(k, config.starts))(keys)
 
         @jax.jit
-        def restart(done, fresh, task_state, view, obs):
+        def restart(done, fresh, task_state, view, seen):
             task_state = select_lanes(done, fresh, task_state)
-            return task_state, select_lanes(done, observe(view, task_state), obs)
+            return task_state, select_lanes(done, observe(view, task_state), seen)
 
         self._act, self._after_physics, self._reset, self._restart = act, after_physics, reset, restart
         self._update = jax.jit(sac.update_many, donate_argnums=0)
@@ -162,7 +187,12 @@ class NativeLoop:
         self.engine.reset(np.arange(config.num_envs), np.asarray(qpos), np.asarray(qvel))
         # Each lane's first episode is cut somewhere, so that the lanes do not reset all at once later.
         self._first_cut = self.rng.integers(1, config.max_actions + 1, config.num_envs)
-        self.obs = jax.jit(observe)(self.engine.view(), self.task_state)
+        self.critic_obs = jax.jit(observe)(self.engine.view(), self.task_state)
+
+    @property
+    def obs(self) -> jax.Array:
+        """Current observations (B, 87)."""
+        return self.critic_obs[:, :OBS_SIZE]
 
     def _sample(self) -> Batch:
         shape = (self.config.updates_per_iteration, self.config.batch_size)
@@ -179,16 +209,16 @@ class NativeLoop:
         statistics.add(sums)
         state = state._replace(normalizer=normalizer)
         self.replay.add(
-            obs=np.asarray(self.obs),
+            critic_obs=np.asarray(self.critic_obs),
             action=action,
             reward=np.asarray(outcome.reward),
-            next_obs=np.asarray(outcome.obs),
+            next_critic_obs=np.asarray(outcome.critic_obs),
             terminated=np.asarray(outcome.terminated, np.float32),
         )
-        self.obs = self._reset_done(outcome)
+        self.critic_obs = self._reset_done(outcome)
         metrics: dict = {}
         if learn:
-            state, metrics = self._update(state, self._sample())
+            state, metrics = self._update(state, self._sample(), ramp(self.config, self.count * self.config.num_envs))
             jax.block_until_ready(metrics)  # physics threads and XLA's in turn: at once they fight for the cores
         return state, metrics
 
@@ -198,19 +228,19 @@ class NativeLoop:
         self._first_cut = np.where(done | first_cut, -1, self._first_cut)  # once a lane, never again
         done = done | first_cut
         if not done.any():
-            return outcome.obs
+            return outcome.critic_obs
         qpos, qvel, fresh = self._reset(self.count)
         lanes = np.flatnonzero(done)
         self.engine.reset(lanes, np.asarray(qpos)[lanes], np.asarray(qvel)[lanes])
-        self.task_state, obs = self._restart(done, fresh, self.task_state, self.engine.view(), outcome.obs)
-        return obs
+        self.task_state, seen = self._restart(done, fresh, self.task_state, self.engine.view(), outcome.critic_obs)
+        return seen
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
         arrays = {f"engine.{name}": values for name, values in self.engine.arrays().items()}
         arrays |= {f"task.{name}": np.asarray(values) for name, values in self.task_state._asdict().items()}
         return arrays | {
-            "obs": np.asarray(self.obs),
+            "critic_obs": np.asarray(self.critic_obs),
             "first_cut": self._first_cut,
             "count": np.array(self.count),
             "rng": rng_array(self.rng),
@@ -223,7 +253,7 @@ class NativeLoop:
             raise UserError(f"the saved state of the lanes counts {arrays['count']} iterations: use an older one")
         self.engine.restore(named(arrays, "engine."))
         self.task_state = TaskState(**{name: jnp.array(values) for name, values in named(arrays, "task.").items()})
-        self.obs = jnp.array(arrays["obs"])
+        self.critic_obs = jnp.array(arrays["critic_obs"])
         self._first_cut = arrays["first_cut"].copy()
         self.count = int(arrays["count"])
         restore_rng(self.rng, arrays["rng"])
@@ -242,10 +272,9 @@ class MjxCarry(NamedTuple):
 
     data: object  # mjx.Data, leading axis B
     task_state: TaskState
-    obs: jax.Array  # (B, 87)
+    critic_obs: jax.Array  # (B, 109)
     buffer: Batch  # leading axis = capacity
-    cursor: jax.Array
-    filled: jax.Array
+    added: jax.Array  # () rows ever: the next one goes to this, modulo the capacity
     key: jax.Array
 
 
@@ -283,40 +312,43 @@ class MjxLoop:
         noise = level(config.dr_level).obs_noise_std
         n, capacity = config.num_envs, config.buffer_size - config.buffer_size % config.num_envs
         reset_lanes = jax.vmap(lambda k: tasks.reset(k, config.starts))
-        advance_lanes = jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, config.max_actions))
+        advance_lanes = lanes_advance(config, tasks)
         untouched = jnp.zeros(n, bool)
 
         def start(key):
             qpos, qvel, task_state = reset_lanes(jax.random.split(key, n))
             data = engine.reset(qpos, qvel)
-            return data, task_state, jax.vmap(tasks.observe)(engine.view(data, untouched), task_state)
+            observe = jax.vmap(functools.partial(critic_observation, tasks))
+            return data, task_state, observe(engine.view(data, untouched), task_state)
 
         def iterate(carry, learn):
             state, loop = carry
             key, act_key, noise_key, reset_key, sample_key = jax.random.split(loop.key, 5)
-            action = sac.act(state, loop.obs, act_key)
+            action = sac.act(state, loop.critic_obs[:, :OBS_SIZE], act_key)
             data, touched = engine.step(loop.data, joint_target_rad(action))
-            task_state, outcome = advance_lanes(engine.view(data, touched), loop.task_state, action)
-            next_obs = add_observation_noise(state, outcome.obs, noise_key, noise)
-            rows = Batch(loop.obs, action, outcome.reward, next_obs, outcome.terminated.astype(jnp.float32))
+            progress = ramp(config, loop.added)
+            task_state, outcome = advance_lanes(engine.view(data, touched), loop.task_state, action, progress)
+            seen = add_observation_noise(state, outcome.critic_obs, noise_key, noise)
+            rows = Batch(loop.critic_obs, action, outcome.reward, seen, outcome.terminated.astype(jnp.float32))
             buffer = jax.tree.map(
-                lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, loop.cursor, 0), loop.buffer, rows
+                lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, loop.added % capacity, 0), loop.buffer, rows
             )
-            filled = jnp.minimum(loop.filled + n, capacity)
+            added = loop.added + n
+            filled = jnp.minimum(added, capacity)
             sums = iteration_sums(outcome, task_state)
-            state = state._replace(normalizer=state.normalizer.update(next_obs))
+            state = state._replace(normalizer=state.normalizer.update(seen[:, :OBS_SIZE]))
             index = jax.random.randint(sample_key, (config.updates_per_iteration, config.batch_size), 0, filled)
             batches = jax.tree.map(lambda b: b[index], buffer)
             # One compiled program for both phases: the physics is most of what there is to compile.
-            _, shapes = jax.eval_shape(sac.update_many, state, batches)
+            _, shapes = jax.eval_shape(sac.update_many, state, batches, progress)
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            state, metrics = jax.lax.cond(learn, sac.update_many, lambda s, _: (s, nothing), state, batches)
+            state, metrics = jax.lax.cond(learn, sac.update_many, lambda s, *_: (s, nothing), state, batches, progress)
             done = outcome.terminated | outcome.truncated
-            fresh_data, fresh_task, fresh_obs = start(reset_key)
+            fresh_data, fresh_task, fresh_seen = start(reset_key)
             data = select_lanes(done, fresh_data, data)
             task_state = select_lanes(done, fresh_task, task_state)
-            obs = select_lanes(done, fresh_obs, next_obs)
-            loop = MjxCarry(data, task_state, obs, buffer, (loop.cursor + n) % capacity, filled, key)
+            seen = select_lanes(done, fresh_seen, seen)
+            loop = MjxCarry(data, task_state, seen, buffer, added, key)
             return (state, loop), (sums, metrics)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -328,16 +360,15 @@ class MjxLoop:
 
         self._run = run
         key, start_key = jax.random.split(jax.random.key(config.seed + 1))
-        data, task_state, obs = jax.jit(start)(start_key)
-        buffer = Batch(jnp.zeros((capacity, OBS_SIZE)), jnp.zeros((capacity, c.NUM_JOINTS)), jnp.zeros(capacity),
-                       jnp.zeros((capacity, OBS_SIZE)), jnp.zeros(capacity))  # fmt: skip
-        self.loop = MjxCarry(data, task_state, obs, buffer, jnp.int32(0), jnp.int32(0), key)
+        data, task_state, seen = jax.jit(start)(start_key)
+        buffer = Batch(**{name: jnp.zeros((capacity, *shape)) for name, shape in ROW_SHAPES.items()})
+        self.loop = MjxCarry(data, task_state, seen, buffer, jnp.int32(0), key)
         self.added = 0  # rows ever
 
     @property
     def obs(self) -> jax.Array:
         """Current observations (B, 87)."""
-        return self.loop.obs
+        return self.loop.critic_obs[:, :OBS_SIZE]
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
@@ -355,7 +386,7 @@ class MjxLoop:
         """All that later iterations depend on besides the learner and the buffer's rows."""
         arrays = {f"data.{name}": getattr(self.loop.data, name) for name in _MJX_STATE}
         arrays |= {f"task.{name}": values for name, values in self.loop.task_state._asdict().items()}
-        arrays |= {"obs": self.loop.obs, "key": jax.random.key_data(self.loop.key)}
+        arrays |= {"critic_obs": self.loop.critic_obs, "key": jax.random.key_data(self.loop.key)}
         return {name: np.asarray(values) for name, values in arrays.items()}
 
     def restore(self, arrays: dict[str, np.ndarray], replay: Replay) -> None:
@@ -366,10 +397,9 @@ class MjxLoop:
         self.loop = MjxCarry(
             self.loop.data.replace(**named(arrays, "data.")),
             TaskState(**named(arrays, "task.")),
-            arrays["obs"],
+            arrays["critic_obs"],
             Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()}),
-            jnp.int32(replay.added % replay.capacity),
-            jnp.int32(len(replay)),
+            jnp.int32(replay.added),
             jax.random.wrap_key_data(arrays["key"]),
         )
 

@@ -27,6 +27,7 @@ from errors import UserError
 from models.numpy_policy import LAYERS, policy_from_arrays
 from models.torch_networks import HIDDEN, Actor, Critic
 from preprocess.observation import OBS_SIZE
+from preprocess.privileged import CRITIC_OBS_SIZE, PRIVILEGED_SIZE
 
 NUM_CRITICS = 2
 MAX_ACTION_DIFFERENCE = checkpoints.GOLDEN_TOLERANCE
@@ -72,6 +73,9 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for source in ("critic", "target_critic"):
         for i in range(NUM_CRITICS):
             networks[f"{source}.{i}"] = {name: pair[i] for name, pair in _network(arrays, source).items()}
+            # What only the pre-training critics see stays behind: as if it were zero, about its mean.
+            hidden = slice(OBS_SIZE, CRITIC_OBS_SIZE)
+            networks[f"{source}.{i}"]["input.kernel"] = np.delete(networks[f"{source}.{i}"]["input.kernel"], hidden, 0)
     converted = {}
     for prefix, layers in networks.items():
         first = layers.pop("input.kernel"), layers.pop("input.bias")
@@ -116,7 +120,7 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Raise `UserError` unless the arrays are those of a pre-trained checkpoint of this architecture."""
     expected = {"normalizer.mean": (OBS_SIZE,), "normalizer.std": (OBS_SIZE,)}
     sizes = {"actor": (OBS_SIZE, HIDDEN, HIDDEN, 2 * c.NUM_JOINTS)}
-    sizes |= dict.fromkeys(("critic", "target_critic"), (OBS_SIZE + c.NUM_JOINTS, HIDDEN, HIDDEN, 1))
+    sizes |= dict.fromkeys(("critic", "target_critic"), (CRITIC_OBS_SIZE + c.NUM_JOINTS, HIDDEN, HIDDEN, 1))
     for network, widths in sizes.items():
         lead = () if network == "actor" else (NUM_CRITICS,)
         for layer, inputs, outputs in zip(LAYERS, widths, widths[1:]):
@@ -164,11 +168,12 @@ def compare(
 
     with jax.default_matmul_precision("highest"):
         normalized = (obs - arrays["normalizer.mean"]) / arrays["normalizer.std"]
+        critic_obs = np.pad(normalized, ((0, 0), (0, PRIVILEGED_SIZE)))
         actor = sac_networks.unflatten("actor", arrays)
         _, log_std = sac_networks.actor_output(actor, normalized)
         jax_action = np.asarray(sac_networks.mean_action(actor, normalized))
         jax_values = {
-            name: np.asarray(sac_networks.q_values(sac_networks.unflatten(name, arrays), normalized, action))
+            name: np.asarray(sac_networks.q_values(sac_networks.unflatten(name, arrays), critic_obs, action))
             for name in ("critic", "target_critic")
         }
     with torch.no_grad():

@@ -777,10 +777,7 @@ def resume_run(run: Run, path: Path, parent: checkpoints.Checkpoint | None) -> N
     """Go on from the newest state that is whole."""
 
     def take_up(saved: checkpoints.Checkpoint) -> None:
-        if saved.manifest["parent"] != (parent and {"stage": parent.stage, "hash": parent.hash}):
-            raise checkpoints.WrongRun(
-                f"{path} is a run that started from another checkpoint: give that one, or another --out"
-            )
+        resume.check_parent(saved, parent)
         resume.check_settings(saved, asdict(run.config), _FREE)
         run.restore(saved)
 

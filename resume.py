@@ -128,6 +128,15 @@ def check_settings(saved: checkpoints.Checkpoint, config: Mapping[str, Any], fre
             )
 
 
+def check_parent(saved: checkpoints.Checkpoint, parent: checkpoints.Checkpoint | None) -> None:
+    """Raise `checkpoints.WrongRun` where a saved run started from another checkpoint than `parent`."""
+    if saved.manifest["parent"] != (parent and {"stage": parent.stage, "hash": parent.hash}):
+        raise checkpoints.WrongRun(
+            f"{saved.path} is a run that started from {'another' if saved.manifest['parent'] else 'no'} checkpoint: "
+            "give the same one, or another --out"
+        )
+
+
 def cut_records(path: Path, steps: int) -> None:
     """Cut from the end of a file of JSON lines what a killed run wrote after the state that is gone on from."""
     with checkpoints.os_errors(f"read {path}", checkpoints.OTHER_PLACE), contextlib.suppress(FileNotFoundError):

@@ -77,13 +77,15 @@ class Config:
     updates_per_iteration: int | None = None  # gradient steps per action of all lanes
     buffer_size: int | None = None
     learning_starts: int | None = None  # steps with the untrained policy before the first update
-    learning_rate: float = 3e-4
+    # From learning to stand and walk to learning to aim: pairs go from the first to the last value over these steps.
+    ramp_steps: int = 6_000_000
+    learning_rate: tuple[float, float] = (3e-4, 1e-4)
     adam_b2: float = 0.95
     weight_decay: float = 1e-3
-    discount: float = 0.98
+    discount: tuple[float, float] = (0.98, 0.99)  # later it pays to take one's time before a kick
     target_tau: float = 0.01
-    policy_tau: float = 0.0005  # of the average that is evaluated and shipped: 2,000 gradient steps
-    target_entropy: float = -6.0  # half the number of joints
+    policy_tau: float = 0.0003  # of the average that is evaluated and shipped: 3,300 gradient steps
+    target_entropy: tuple[float, float] = (-6.0, -14.0)  # half the number of joints, then a steady hand
     initial_temperature: float = 0.01
     mirror: bool = True  # mirror half of each batch
 
@@ -125,7 +127,8 @@ def resolve(config: Config) -> Config:
     level(config.dr_level)
     chosen = {name: value for name, value in PRESETS[config.preset].items() if getattr(config, name) is None}
     config = replace(config, **chosen)
-    for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes"):
+    for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes",
+                 "ramp_steps"):  # fmt: skip
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
     if not 0 <= config.seed < 2**32:
@@ -235,13 +238,13 @@ def config_dict(config: Config) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
 
 
-def write_checkpoint(path: Path, config: Config, state: SacState, steps: int, metrics: dict, golden_obs: np.ndarray,
-                     extra: dict | None = None) -> None:  # fmt: skip
+def write_checkpoint(path: Path, config: Config, parent: checkpoints.Checkpoint | None, state: SacState, steps: int,
+                     metrics: dict, golden_obs: np.ndarray, extra: dict | None = None) -> None:  # fmt: skip
     """Write the policy (and, for resuming, all the rest) with golden pairs taken from real observations."""
     golden_obs = np.resize(np.asarray(golden_obs, np.float32), (16, OBS_SIZE))  # fewer lanes repeat
     actions = sac_networks.mean_action(state.policy, state.normalizer(jnp.asarray(golden_obs)))
     checkpoints.save(path, "pretrained", sac.policy_arrays(state), golden_obs, np.asarray(actions, np.float32),
-                     config_dict(config), config.seed, steps, None, metrics, extra or {}, overwrite=True)  # fmt: skip
+                     config_dict(config), config.seed, steps, parent, metrics, extra or {}, overwrite=True)  # fmt: skip
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -281,11 +284,14 @@ def check_start(config: Config) -> bool:
 class Run:
     """One training run: learner, lanes, buffer and counters, and their state on disk."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, parent: checkpoints.Checkpoint | None = None):
         self.config = config
+        self.parent = parent  # whose policy it starts from
         tasks, learner = Tasks(), Sac(config)
         self.segments = Segments(beside(config.out, "replay"))
         self.state = learner.init(jax.random.key(config.seed))
+        if parent is not None:
+            self.state = sac.warm_start(self.state, parent.arrays)
         self.loop = (NativeLoop if config.engine == "native" else MjxLoop)(config, learner, tasks)
         self.evaluator = Evaluator(config, tasks)
         self.statistics = Statistics()
@@ -307,8 +313,8 @@ class Run:
             tables.append(self.segments.write(self.loop.replay))
             lanes = self.loop.arrays() | {f"sum.{name}": np.asarray(v) for name, v in self.statistics.sums.items()}
             extra |= {"lanes": lanes | {"added": np.array(self.loop.replay.added)}, "replay": tables[0]}
-        write_checkpoint(path, self.config, self.state, self.progress.steps, {"best_score": self.best_score},
-                         self.loop.obs, extra)  # fmt: skip
+        write_checkpoint(path, self.config, self.parent, self.state, self.progress.steps,
+                         {"best_score": self.best_score}, self.loop.obs, extra)  # fmt: skip
         with contextlib.suppress(UserError):  # there is none before, or none that can be read
             previous = checkpoints.load(checkpoints.places(path)[1], ("pretrained",), verify=False)
             tables.append(checkpoints.load_extra(previous, "replay"))
@@ -330,6 +336,7 @@ class Run:
 
     def _take_up(self, saved: checkpoints.Checkpoint) -> None:
         config = self.config
+        resume.check_parent(saved, self.parent)
         self.state = sac.restore(self.state, checkpoints.load_extra(saved, "learner"))
         if config.resume_buffer == "refill":
             steps = saved.manifest["steps"]
@@ -387,7 +394,7 @@ class Run:
         if result["eval/score"] > self.best_score:
             self.best_score = result["eval/score"]
             metrics = result | {"best_score": self.best_score}
-            write_checkpoint(self.config.out, self.config, self.state, steps, metrics, self.loop.obs)
+            write_checkpoint(self.config.out, self.config, self.parent, self.state, steps, metrics, self.loop.obs)
 
 
 # --- main ----------------------------------------------------------------------------------------------------
@@ -397,7 +404,8 @@ def main(config: Config) -> Path:
     """Train; returns the checkpoint directory."""
     config = resolve(config)
     goes_on = check_start(config)
-    with resume.StopSignal() as stop, contextlib.closing(Run(config)) as run:
+    parent = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
+    with resume.StopSignal() as stop, contextlib.closing(Run(config, parent)) as run:
         if goes_on:
             run.restore()
             if run.progress.steps >= config.total_steps and run.progress.last_eval == run.progress.steps:
@@ -405,8 +413,6 @@ def main(config: Config) -> Path:
                 return config.out
             how = "with a new replay buffer, filled by the restored policy" if config.resume_buffer == "refill" else ""
             print(f"resuming at step {run.progress.steps:,} {how or 'exactly where it was'}", flush=True)
-        elif config.init is not None:
-            run.state = sac.warm_start(run.state, checkpoints.load(config.init, ("pretrained",)).arrays)
         print(
             f"{config.preset}: {config.engine} engine, {config.num_envs} lanes, {config.total_steps:,} steps, "
             f"seed {config.seed}",

@@ -5,7 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.tasks import Tasks, TaskState, View
+from envs import constants as c
+from envs.tasks import Readings, Tasks, TaskState, View
+from preprocess.observation import OBS_SIZE, heading_cos_sin, to_heading
+from preprocess.privileged import TABLE as PRIVILEGED_TABLE
 from rewards.dense import (
     DenseWeights,
     Transition,
@@ -20,15 +23,44 @@ from rewards.dense import (
 class Outcome(NamedTuple):
     """What one action brought."""
 
-    obs: jax.Array  # (87,) the true next observation, also where the episode ended
+    critic_obs: jax.Array  # (109,) what comes next, also where the episode ended: see `critic_observation`
     reward: jax.Array  # () dense
     terminated: jax.Array  # () bool: no bootstrap
-    truncated: jax.Array  # () bool: time is up; bootstrap from `obs`
+    truncated: jax.Array  # () bool: time is up; bootstrap from `critic_obs`
     dense_terms: dict[str, jax.Array]  # raw
     score: jax.Array  # () official score if the episode ended here
     fallen: jax.Array  # () bool
     success: jax.Array  # () bool
     diverged: jax.Array  # () bool: NaN or infinity, counted and reset
+
+    @property
+    def obs(self) -> jax.Array:
+        """The policy's observation (..., 87)."""
+        return self.critic_obs[..., :OBS_SIZE]
+
+
+def privileged(r: Readings, state: TaskState) -> jax.Array:
+    """The critics' additional inputs (22,), from a lane's readings and its task's state after the action."""
+    cos, sin = heading_cos_sin(r.imu_quat_wxyz, jnp)
+
+    def above_least(now_m: jax.Array, least_m: jax.Array) -> jax.Array:
+        return jnp.where(least_m < 0.0, 0.0, jnp.clip(now_m - least_m, 0.0, 2.0))
+
+    parts = {
+        "ball_center_rel_site_h": to_heading(r.ball_center_pos_w - r.ball_site_pos_w, cos, sin, jnp) / c.BALL_RADIUS_M,
+        "ball_center_vel_h": to_heading(r.ball_center_vel_w, cos, sin, jnp) / 2.0,
+        "shot_value": state.shot_value / 5.0,
+        "approach_above_least": above_least(approach_distance_m(r, state), state.nearest_approach_m),
+        "aim_above_least": above_least(aim_distance_m(r, state), state.nearest_aim_m),
+        "time_left": 1.0 - state.action_count / c.EPISODE_ACTIONS,
+        "prev_action": state.prev_action,
+    }
+    return jnp.concatenate([jnp.atleast_1d(parts[row.name]) for row in PRIVILEGED_TABLE])
+
+
+def critic_observation(tasks: Tasks, view: View, state: TaskState) -> jax.Array:
+    """The policy's observation (87,), followed by what only the critics see (22,)."""
+    return jnp.concatenate([tasks.observe(view, state), privileged(tasks.read(view), state)])
 
 
 def _least(so_far: jax.Array, now: jax.Array) -> jax.Array:
@@ -49,11 +81,12 @@ def advance(
         nearest_aim_m=_least(before.nearest_aim_m, aim_distance_m(r, after)),
     )
     raw = dense_terms(Transition(r, before, after, events, action, value))
+    after = after._replace(shot_value=jnp.where(events.diverged, 0.0, value))
     reward = dense_reward(raw, weights)
     official = tasks.official_terms(r, after, events)
     terminated = events.terminated
     outcome = Outcome(
-        obs=tasks.observe(view, after),
+        critic_obs=critic_observation(tasks, view, after),
         reward=reward,
         terminated=terminated,
         truncated=(after.action_count >= max_actions) & ~terminated,
@@ -70,9 +103,9 @@ def advance(
         return jnp.where(bad, jnp.zeros_like(x), x)
 
     outcome = outcome._replace(
-        obs=heal(outcome.obs),
+        critic_obs=heal(outcome.critic_obs),
         reward=jnp.where(bad, weights.fallen, outcome.reward),
         score=heal(outcome.score),
         dense_terms={name: heal(x) for name, x in raw.items()},
     )
-    return after._replace(shot_value=heal(value)), outcome
+    return after, outcome

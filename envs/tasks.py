@@ -72,7 +72,7 @@ class Readings(NamedTuple):
 class StartMix:
     """How training episodes start. All shares are probabilities."""
 
-    task_share: tuple[float, float, float] = (0.25, 0.25, 0.5)  # goalie, obstacle, target
+    task_share: tuple[float, float, float] = (0.2, 0.2, 0.6)  # goalie, obstacle, target (the hardest)
     official_pose: float = 0.5  # official drop with straight legs; else standing in the default pose
     official_place: float = 0.4  # official places of robot and ball; else the easier, wider ones below
     joint_noise_rad: float = 0.05  # uniform, on every joint

@@ -2,7 +2,7 @@
 
 After Haarnoja et al. 2018 (arXiv 1812.05905), with layer norm in the critics and the mean of both as target
 and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and mirrored transitions as
-augmentation.
+augmentation. The critics see more than the policy (`preprocess/privileged.py`).
 """
 
 from typing import NamedTuple, Protocol
@@ -15,19 +15,20 @@ import optax
 from errors import UserError
 from models import sac_networks as nets
 from preprocess.observation import OBS_SIZE
-from preprocess.symmetry import mirror_action, mirror_observation
+from preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
+from preprocess.symmetry import mirror_action
 
 
 class Settings(Protocol):
     """What the learner reads from a script's configuration."""
 
-    learning_rate: float
+    learning_rate: tuple[float, float]  # at the start, and at the end of the ramp
     adam_b2: float
     weight_decay: float
-    discount: float
+    discount: tuple[float, float]  # likewise
     target_tau: float
     policy_tau: float
-    target_entropy: float
+    target_entropy: tuple[float, float]  # likewise
     initial_temperature: float
     mirror: bool  # mirror half of each batch
 
@@ -35,10 +36,10 @@ class Settings(Protocol):
 class Batch(NamedTuple):
     """Transitions, leading axes any."""
 
-    obs: jax.Array  # (..., 87)
+    critic_obs: jax.Array  # (..., 109) the policy's observation, then what only the critics see
     action: jax.Array  # (..., 12)
     reward: jax.Array  # (...,)
-    next_obs: jax.Array  # (..., 87) the true next observation, also at an episode's end
+    next_critic_obs: jax.Array  # (..., 109) what truly came next, also at an episode's end
     terminated: jax.Array  # (...,) 1.0 where no bootstrap may happen
 
 
@@ -63,16 +64,17 @@ class Sac:
     def __init__(self, config: Settings):
         self.config = config
 
+        # A learning rate of one: `_apply` brings that of the moment.
         def adam() -> optax.GradientTransformation:
-            return optax.adamw(config.learning_rate, b2=config.adam_b2, weight_decay=config.weight_decay)
+            return optax.adamw(1.0, b2=config.adam_b2, weight_decay=config.weight_decay)
 
         self.actor_opt, self.critic_opt = adam(), adam()
-        self.alpha_opt = optax.adam(config.learning_rate)
+        self.alpha_opt = optax.adam(1.0)
 
     def init(self, key: jax.Array) -> SacState:
         """Fresh state."""
         key, actor_key, critic_key = jax.random.split(key, 3)
-        actor, critic = nets.init_actor(actor_key, OBS_SIZE), nets.init_critics(critic_key, OBS_SIZE)
+        actor, critic = nets.init_actor(actor_key, OBS_SIZE), nets.init_critics(critic_key, CRITIC_OBS_SIZE)
         log_alpha = jnp.log(jnp.array(self.config.initial_temperature))
         return SacState(
             actor=actor,
@@ -87,49 +89,55 @@ class Sac:
             key=key,
         )
 
-    def update(self, state: SacState, batch: Batch) -> tuple[SacState, dict[str, jax.Array]]:
-        """One gradient step on a batch (B, ...)."""
+    def update(self, state: SacState, batch: Batch, ramp: jax.Array) -> tuple[SacState, dict[str, jax.Array]]:
+        """One gradient step on a batch (B, ...), at `ramp` () in [0, 1] of the way between the settings' pairs."""
         config = self.config
+        pairs = (config.learning_rate, config.discount, config.target_entropy)
+        learning_rate, discount, target_entropy = (between(pair, ramp) for pair in pairs)
         key, mirror_key, target_key, actor_key = jax.random.split(state.key, 4)
         if config.mirror:
             flip = jax.random.bernoulli(mirror_key, 0.5, batch.reward.shape)[:, None]
             batch = batch._replace(
-                obs=jnp.where(flip, mirror_observation(batch.obs), batch.obs),
+                critic_obs=jnp.where(flip, mirror_critic_observation(batch.critic_obs), batch.critic_obs),
                 action=jnp.where(flip, mirror_action(batch.action), batch.action),
-                next_obs=jnp.where(flip, mirror_observation(batch.next_obs), batch.next_obs),
+                next_critic_obs=jnp.where(
+                    flip, mirror_critic_observation(batch.next_critic_obs), batch.next_critic_obs
+                ),
             )
-        obs, next_obs = state.normalizer(batch.obs), state.normalizer(batch.next_obs)
+        critic_obs = nets.normalize(state.normalizer, batch.critic_obs)
+        next_critic_obs = nets.normalize(state.normalizer, batch.next_critic_obs)
+        obs, next_obs = critic_obs[:, :OBS_SIZE], next_critic_obs[:, :OBS_SIZE]
         alpha = jnp.exp(state.log_alpha)
 
         next_action, _ = nets.sample_action(state.actor, next_obs, target_key)
-        next_q = nets.q_values(state.target_critic, next_obs, next_action).mean(0)
-        target = batch.reward + config.discount * (1.0 - batch.terminated) * next_q
+        next_q = nets.q_values(state.target_critic, next_critic_obs, next_action).mean(0)
+        target = batch.reward + discount * (1.0 - batch.terminated) * next_q
 
         def critic_loss(params):
-            q = nets.q_values(params, obs, batch.action)
+            q = nets.q_values(params, critic_obs, batch.action)
             return ((q - target) ** 2).mean(), q.mean()
 
         (critic_loss_value, q_mean), grads = jax.value_and_grad(critic_loss, has_aux=True)(state.critic)
         updates, critic_opt = self.critic_opt.update(grads, state.critic_opt, state.critic)
-        critic = optax.apply_updates(state.critic, updates)
+        critic = _apply(state.critic, updates, learning_rate)
 
         def actor_loss(params):
             action, log_prob = nets.sample_action(params, obs, actor_key)
-            return (alpha * log_prob - nets.q_values(critic, obs, action).mean(0)).mean(), log_prob.mean()
+            return (alpha * log_prob - nets.q_values(critic, critic_obs, action).mean(0)).mean(), log_prob.mean()
 
         (actor_loss_value, log_prob), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
         updates, actor_opt = self.actor_opt.update(grads, state.actor_opt, state.actor)
-        actor = optax.apply_updates(state.actor, updates)
+        actor = _apply(state.actor, updates, learning_rate)
 
         # d/d(log alpha) of -alpha (log_prob + target entropy)
-        alpha_grad = -alpha * (log_prob + config.target_entropy)
+        alpha_grad = -alpha * (log_prob + target_entropy)
         updates, alpha_opt = self.alpha_opt.update(alpha_grad, state.alpha_opt)
         state = SacState(
             actor=actor,
             policy=_toward(state.policy, actor, config.policy_tau),
             critic=critic,
             target_critic=_toward(state.target_critic, critic, config.target_tau),
-            log_alpha=optax.apply_updates(state.log_alpha, updates),
+            log_alpha=_apply(state.log_alpha, updates, learning_rate),
             actor_opt=actor_opt,
             critic_opt=critic_opt,
             alpha_opt=alpha_opt,
@@ -144,14 +152,24 @@ class Sac:
             "alpha": alpha,
         }
 
-    def update_many(self, state: SacState, batches: Batch) -> tuple[SacState, dict[str, jax.Array]]:
+    def update_many(self, state: SacState, batches: Batch, ramp: jax.Array) -> tuple[SacState, dict[str, jax.Array]]:
         """Gradient steps over batches (K, B, ...); metrics are means over K."""
-        state, metrics = jax.lax.scan(self.update, state, batches)
+        state, metrics = jax.lax.scan(lambda s, batch: self.update(s, batch, ramp), state, batches)
         return state, jax.tree.map(jnp.mean, metrics)
 
     def act(self, state: SacState, obs: jax.Array, key: jax.Array) -> jax.Array:
         """Exploring actions (B, 12) for observations (B, 87)."""
         return nets.sample_action(state.actor, state.normalizer(obs), key)[0]
+
+
+def between(first_and_last: tuple[float, float], ramp: jax.Array) -> jax.Array:
+    """The value at `ramp` in [0, 1] of the way from the first to the last."""
+    first, last = first_and_last
+    return first + ramp * (last - first)
+
+
+def _apply(params, updates, learning_rate: jax.Array):
+    return jax.tree.map(lambda p, u: p + learning_rate * u, params, updates)
 
 
 def _toward(average: dict, new: dict, tau: float) -> dict:

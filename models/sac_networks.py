@@ -45,11 +45,11 @@ class ActorNetwork(nn.Module):
 
 
 class CriticNetwork(nn.Module):
-    """Q of normalised observation (..., 87) and action (..., 12): (...,)."""
+    """Q of normalised observation and privileged numbers (..., 109), and action (..., 12): (...,)."""
 
     @nn.compact
-    def __call__(self, obs: jax.Array, action: jax.Array) -> jax.Array:
-        x = jnp.concatenate([obs, action], axis=-1)
+    def __call__(self, critic_obs: jax.Array, action: jax.Array) -> jax.Array:
+        x = jnp.concatenate([critic_obs, action], axis=-1)
         x = nn.silu(nn.LayerNorm(epsilon=1e-6, name="input_norm")(nn.Dense(HIDDEN, name="input")(x)))
         x = nn.silu(nn.LayerNorm(epsilon=1e-6, name="hidden_norm")(nn.Dense(HIDDEN, name="hidden")(x)))
         return nn.Dense(1, name="output")(x)[..., 0]
@@ -64,9 +64,9 @@ def init_actor(key: jax.Array, obs_size: int) -> dict:
     return ACTOR.init(key, jnp.zeros((1, obs_size)))["params"]
 
 
-def init_critics(key: jax.Array, obs_size: int, count: int = 2) -> dict:
+def init_critics(key: jax.Array, critic_obs_size: int, count: int = 2) -> dict:
     """Parameters of `count` critics, stacked on a leading axis."""
-    dummy = (jnp.zeros((1, obs_size)), jnp.zeros((1, c.NUM_JOINTS)))
+    dummy = (jnp.zeros((1, critic_obs_size)), jnp.zeros((1, c.NUM_JOINTS)))
     return jax.vmap(lambda k: CRITIC.init(k, *dummy)["params"])(jax.random.split(key, count))
 
 
@@ -92,9 +92,9 @@ def sample_action(params: dict, obs: jax.Array, key: jax.Array) -> tuple[jax.Arr
     return jnp.tanh(raw), log_prob.sum(-1)
 
 
-def q_values(params: dict, obs: jax.Array, action: jax.Array) -> jax.Array:
+def q_values(params: dict, critic_obs: jax.Array, action: jax.Array) -> jax.Array:
     """Values of every critic, (critics, ...)."""
-    return jax.vmap(lambda p: CRITIC.apply({"params": p}, obs, action))(params)
+    return jax.vmap(lambda p: CRITIC.apply({"params": p}, critic_obs, action))(params)
 
 
 def _gain() -> np.ndarray:
@@ -152,6 +152,11 @@ class Normalizer(NamedTuple):
         total = count + batch_count
         squares = squares + ((obs - batch_mean) ** 2).sum(0) + delta**2 * count * batch_count / total
         return Normalizer(total, self.mean + delta * batch_count / total, squares)
+
+
+def normalize(normalizer: Normalizer, critic_obs: jax.Array) -> jax.Array:
+    """(..., 109) with the policy's part normalised; the rest is of order one as it is."""
+    return jnp.concatenate([normalizer(critic_obs[..., :OBS_SIZE]), critic_obs[..., OBS_SIZE:]], axis=-1)
 
 
 def flatten(prefix: str, params: dict) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ Polar vectors (positions, velocities) flip y; axial ones (angular velocities) fl
 import numpy as np
 
 from envs import constants as c
-from preprocess.observation import OBS_SIZE, SLICES, TABLE
+from preprocess.observation import TABLE, Row
 
 _HALF = c.NUM_JOINTS // 2
 # Pitch joints keep their sign, roll and yaw joints change it.
@@ -18,24 +18,28 @@ _AXIAL = -_POLAR
 _AXIAL_ROWS = ("gyro_b", "ball_angvel_rel_robot_h")
 
 
-def _observation_mirror() -> tuple[np.ndarray, np.ndarray]:
-    permutation, sign = np.arange(OBS_SIZE), np.ones(OBS_SIZE, dtype=np.float32)
-    for row in TABLE:
-        part = SLICES[row.name]
+def mirror_table(table: tuple[Row, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Permutation and sign of the numbers of a table."""
+    permutation, sign, start = [], [], 0
+    for row in table:
+        here = np.arange(start, start + row.width)
         if row.frame == "joint":
-            permutation[part] = part.start + JOINT_PERMUTATION
-            sign[part] = JOINT_SIGN
-        elif row.frame in ("body", "heading"):
-            sign[part] = np.tile(_AXIAL if row.name in _AXIAL_ROWS else _POLAR, row.width // 3)
-    return permutation, sign
+            permutation.append(here[JOINT_PERMUTATION])
+            sign.append(JOINT_SIGN)
+        else:
+            permutation.append(here)
+            vector = _AXIAL if row.name in _AXIAL_ROWS else _POLAR
+            sign.append(np.ones(row.width) if row.frame == "none" else np.tile(vector, row.width // 3))
+        start += row.width
+    return np.concatenate(permutation), np.concatenate(sign).astype(np.float32)
 
 
-OBS_PERMUTATION, OBS_SIGN = _observation_mirror()
+_OBS_PERMUTATION, _OBS_SIGN = mirror_table(TABLE)
 
 
 def mirror_observation(obs):
     """Mirrored observations (..., 87)."""
-    return obs[..., OBS_PERMUTATION] * OBS_SIGN
+    return obs[..., _OBS_PERMUTATION] * _OBS_SIGN
 
 
 def mirror_action(action):

@@ -10,6 +10,7 @@ from errors import UserError
 from models.numpy_policy import policy_from_arrays
 from models.torch_networks import HIDDEN, Actor
 from preprocess.observation import OBS_SIZE
+from preprocess.privileged import CRITIC_OBS_SIZE
 
 
 def pretrained_arrays(seed: int = 0) -> dict[str, np.ndarray]:
@@ -29,7 +30,7 @@ def pretrained_arrays(seed: int = 0) -> dict[str, np.ndarray]:
 
     arrays = network("actor", OBS_SIZE, 2 * c.NUM_JOINTS, ())
     for prefix in ("critic", "target_critic"):
-        arrays |= network(prefix, OBS_SIZE + c.NUM_JOINTS, 1, (2,))
+        arrays |= network(prefix, CRITIC_OBS_SIZE + c.NUM_JOINTS, 1, (2,))
     arrays["normalizer.mean"] = rng.normal(0, 1, OBS_SIZE)
     arrays["normalizer.std"] = rng.uniform(2, 5, OBS_SIZE)  # real observations are then not far out
     arrays["log_alpha"] = np.array(-3.0)

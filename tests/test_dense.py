@@ -8,6 +8,7 @@ import pytest
 from envs import constants as c
 from envs import episode
 from envs.tasks import Events, Readings, StartMix, Tasks, TaskState
+from preprocess.privileged import TABLE as PRIVILEGED_TABLE
 from rewards import dense
 
 
@@ -193,3 +194,23 @@ def test_obstacle_value_prefers_a_defender_to_the_gap_for_a_rolling_ball(tasks):
     assert value(float(window[1])) < -2.0
     rise = 2 * (window[2] - c.BALL_RADIUS_M) + 0.25 * 9.81  # vertical speed that reaches the window after 0.5 s
     assert value(float(window[1]), rise) == pytest.approx(2.5, abs=0.05)
+
+
+def test_what_only_the_critics_see(tasks):
+    """Robot at (-2, 0) facing +y, ball at the origin rolling along +x, its site beside it; target 4 m beyond."""
+    state = _state(tasks, "target", target_pos_w=[4.0, 0.0, 0.0], shot_value=2.5, action_count=100,
+                   prev_action=np.arange(12.0), nearest_approach_m=1.5, nearest_aim_m=1.0)  # fmt: skip
+    r = _readings(ball_vel=(1.0, 0.0, 0.0), yaw=np.pi / 2)
+    r = r._replace(ball_site_pos_w=r.ball_center_pos_w + jnp.array([0.0, c.BALL_RADIUS_M, 0.0]))
+    values = np.asarray(episode.privileged(r, state))
+    found = dict(zip((row.name for row in PRIVILEGED_TABLE),
+                     np.split(values, np.cumsum([row.width for row in PRIVILEGED_TABLE])[:-1])))  # fmt: skip
+    np.testing.assert_allclose(found["ball_center_rel_site_h"], [-1.0, 0.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(found["ball_center_vel_h"], [0.0, -0.5, 0.0], atol=1e-6)
+    np.testing.assert_allclose(found["shot_value"], 0.5)
+    np.testing.assert_allclose(found["approach_above_least"], 0.5, atol=1e-4)  # straight behind: no detour
+    np.testing.assert_allclose(found["aim_above_least"], 2.0)  # 3 m, clipped
+    np.testing.assert_allclose(found["time_left"], 1 - 100 / c.EPISODE_ACTIONS)
+    np.testing.assert_array_equal(found["prev_action"], np.arange(12.0))
+    first = state._replace(nearest_approach_m=jnp.array(-1.0), nearest_aim_m=jnp.array(-1.0))
+    assert float(episode.privileged(r, first)[7:9].sum()) == 0.0

@@ -19,6 +19,7 @@ from errors import UserError
 from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
 from preprocess.observation import OBS_SIZE
+from preprocess.privileged import CRITIC_OBS_SIZE
 
 
 def save(path: Path, stage: str, arrays: dict, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint:
@@ -33,7 +34,7 @@ def pretrained(tmp_path_factory) -> checkpoints.Checkpoint:
     actor_key, critic_key = jax.random.split(jax.random.key(0))
     arrays = nets.flatten("actor", nets.init_actor(actor_key, OBS_SIZE))
     for prefix in ("critic", "target_critic"):
-        arrays |= nets.flatten(prefix, nets.init_critics(critic_key, OBS_SIZE))
+        arrays |= nets.flatten(prefix, nets.init_critics(critic_key, CRITIC_OBS_SIZE))
     rng = np.random.default_rng(0)
     arrays["actor.output.kernel"] = 30 * arrays["actor.output.kernel"]
     arrays["normalizer.mean"] = rng.normal(0.0, 1.0, OBS_SIZE)

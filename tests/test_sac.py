@@ -15,6 +15,7 @@ from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
 from models.sac import Batch, Sac, policy_arrays
 from preprocess.observation import OBS_SIZE, SLICES
+from preprocess.privileged import CRITIC_OBS_SIZE
 
 
 def _config(tmp_path, **changes):
@@ -55,15 +56,15 @@ def test_normalizer_gives_mean_and_variance():
 
 def test_bandit_actor_finds_the_best_action(tmp_path):
     """One-step episodes with reward -|a - 0.5|^2: the mean action goes to 0.5 and Q to zero."""
-    sac = Sac(_config(tmp_path, learning_rate=1e-3, mirror=False))
+    sac = Sac(_config(tmp_path, learning_rate=(1e-3, 1e-3), mirror=False))
     state = sac.init(jax.random.key(0))
     update = jax.jit(sac.update_many)
     rng = np.random.default_rng(0)
     for _ in range(80):
         action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
         reward = -((action - 0.5) ** 2).sum(-1)
-        obs = np.zeros((10, 128, OBS_SIZE), np.float32)
-        state, metrics = update(state, Batch(obs, action, reward, obs, np.ones_like(reward)))
+        obs = np.zeros((10, 128, CRITIC_OBS_SIZE), np.float32)
+        state, metrics = update(state, Batch(obs, action, reward, obs, np.ones_like(reward)), 1.0)
     mean = nets.mean_action(state.actor, state.normalizer(jnp.zeros(OBS_SIZE)))
     np.testing.assert_allclose(mean, 0.5, atol=0.2)
 
@@ -71,16 +72,16 @@ def test_bandit_actor_finds_the_best_action(tmp_path):
 @pytest.mark.parametrize("terminated, expected", [(0.0, 1.0 / (1 - 0.5)), (1.0, 1.0)])
 def test_only_termination_stops_the_bootstrap(tmp_path, terminated, expected):
     """Reward 1 for ever at discount 0.5: Q is 2; if every step terminates, Q is 1."""
-    sac = Sac(_config(tmp_path, discount=0.5, target_tau=0.1, learning_rate=1e-3, mirror=False))
+    sac = Sac(_config(tmp_path, discount=(0.5, 0.5), target_tau=0.1, learning_rate=(1e-3, 1e-3), mirror=False))
     state = sac.init(jax.random.key(0))
     update = jax.jit(sac.update_many)
     rng = np.random.default_rng(0)
     for _ in range(40):
         shape = (10, 32)
         action = rng.uniform(-1, 1, (*shape, c.NUM_JOINTS)).astype(np.float32)
-        obs = np.zeros((*shape, OBS_SIZE), np.float32)
+        obs = np.zeros((*shape, CRITIC_OBS_SIZE), np.float32)
         ones = np.ones(shape, np.float32)
-        state, metrics = update(state, Batch(obs, action, ones, obs, ones * terminated))
+        state, metrics = update(state, Batch(obs, action, ones, obs, ones * terminated), 1.0)
     assert float(metrics["q"]) == pytest.approx(expected, abs=0.1)
 
 
@@ -88,9 +89,9 @@ def test_the_policy_is_a_running_average_of_the_actor_and_is_what_a_checkpoint_h
     sac = Sac(_config(tmp_path, policy_tau=0.25))
     before = sac.init(jax.random.key(0))
     rng = np.random.default_rng(0)
-    obs, action = rng.normal(size=(32, OBS_SIZE)), rng.uniform(-1, 1, (32, c.NUM_JOINTS))
+    obs, action = rng.normal(size=(32, CRITIC_OBS_SIZE)), rng.uniform(-1, 1, (32, c.NUM_JOINTS))
     batch = jax.tree.map(jnp.float32, Batch(obs, action, np.ones(32), obs, np.zeros(32)))
-    after, _ = jax.jit(sac.update)(before, batch)
+    after, _ = jax.jit(sac.update)(before, batch, 0.0)
     kernels = [np.asarray(params["output"]["kernel"]) for params in (before.policy, after.actor, after.policy)]
     assert np.abs(kernels[1] - kernels[0]).max() > 1e-5
     np.testing.assert_allclose(kernels[2], 0.75 * kernels[0] + 0.25 * kernels[1], atol=1e-7)
@@ -109,6 +110,30 @@ def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):
     resumed = train.main(_config(tmp_path, engine="native", dr_level=3, total_steps=600, resume=True))
     assert resumed == path
     assert checkpoints.load_latest(tmp_path / "pretrain.resume").manifest["steps"] == 600
+
+
+def test_pairs_of_settings_go_from_the_first_to_the_last(tmp_path):
+    """At the start of the ramp a gradient step has the first learning rate, at its end the last."""
+    sac = Sac(_config(tmp_path, learning_rate=(1e-3, 1e-4), weight_decay=0.0))
+    before = sac.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    obs, action = rng.normal(size=(32, CRITIC_OBS_SIZE)), rng.uniform(-1, 1, (32, c.NUM_JOINTS))
+    batch = jax.tree.map(jnp.float32, Batch(obs, action, np.ones(32), obs, np.zeros(32)))
+    moved = []
+    for ramp in (0.0, 0.5, 1.0):
+        after, _ = jax.jit(sac.update)(before, batch, ramp)
+        moved.append(float(jnp.abs(after.critic["output"]["bias"] - before.critic["output"]["bias"]).max()))
+    np.testing.assert_allclose(moved, [1e-3, 5.5e-4, 1e-4], rtol=1e-3)  # Adam's first step is the learning rate
+
+
+def test_a_run_from_another_policy_starts_with_it_and_names_it(tmp_path):
+    first = checkpoints.load(train.main(_config(tmp_path, engine="native", total_steps=240)))
+    changes = dict(out=tmp_path / "next", engine="native", total_steps=160, learning_starts=10**6)
+    second = checkpoints.load(train.main(_config(tmp_path, init=first.path, **changes)))
+    np.testing.assert_array_equal(second.arrays["actor.output.kernel"], first.arrays["actor.output.kernel"])
+    assert second.manifest["parent"] == {"stage": "pretrained", "hash": first.hash}
+    with pytest.raises(UserError, match="started from another checkpoint"):
+        train.main(_config(tmp_path, **changes | {"total_steps": 320}, resume=True))
 
 
 def test_episodes_run_to_their_full_length(tmp_path):

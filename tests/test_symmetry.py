@@ -8,6 +8,7 @@ from envs import constants as c
 from envs import scene
 from envs.pd import joint_target_rad
 from preprocess.observation import OBS_SIZE, SLICES, observe
+from preprocess.privileged import CRITIC_OBS_SIZE, TABLE, mirror_critic_observation
 from preprocess.symmetry import JOINT_PERMUTATION, JOINT_SIGN, mirror_action, mirror_observation
 
 
@@ -39,6 +40,23 @@ def test_turned_vectors():
     mirrored = mirror_observation(obs)
     np.testing.assert_allclose(mirrored[SLICES["ball_pos_rel_robot_h"]], [2.0, -0.5, 0.1])
     np.testing.assert_allclose(mirrored[SLICES["gyro_b"]], [-0.1, 0.2, -0.3])
+
+
+def test_what_only_the_critics_see_is_mirrored_too():
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=(5, CRITIC_OBS_SIZE))
+    mirrored = mirror_critic_observation(seen)
+    np.testing.assert_array_equal(mirrored[:, :OBS_SIZE], mirror_observation(seen[:, :OBS_SIZE]))
+    start = OBS_SIZE
+    for row in TABLE:
+        before, after = (array[:, start : start + row.width] for array in (seen, mirrored))
+        if row.frame == "heading":
+            np.testing.assert_array_equal(after, before * [1, -1, 1], err_msg=row.name)
+        else:
+            expected = mirror_action(before) if row.name == "prev_action" else before
+            np.testing.assert_array_equal(after, expected, err_msg=row.name)
+        start += row.width
+    assert start == CRITIC_OBS_SIZE
 
 
 def _observation(model, data, ball_y):

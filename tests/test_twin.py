@@ -203,6 +203,57 @@ def test_a_lane_does_not_depend_on_its_neighbours_or_its_thread(num_threads):
         assert_same_lane(a, 1, a, 3)
 
 
+@pytest.mark.parametrize("task", c.TASKS)
+def test_any_number_of_threads_gives_the_same_bits(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warning into a log file
+    num_lanes, rng = 20, np.random.default_rng(0)
+    envs = [TwinEnv(task, num_lanes, num_threads) for num_threads in (1, 2, 3)]
+    actions, torques = rng.normal(0, 1.0, (2, 40, num_lanes, c.NUM_JOINTS))
+    for env in envs:
+        env.reset(range(num_lanes))
+        env.qpos[7] = np.nan
+    ended = 0
+    for action, torque_nm in zip(actions, 20 * torques, strict=True):
+        calls = [("step_action", action), ("step_torque", torque_nm)]
+        results = [[getattr(env, name)(held) for name, held in calls] for env in envs]
+        lanes = ~envs[0].alive
+        if lanes.any():
+            ended += lanes.sum()
+            obs_and_infos = [env.reset([None] * lanes.sum(), lanes=lanes) for env in envs]
+            results = [[*steps, *rest] for steps, rest in zip(results, obs_and_infos, strict=True)]
+        for result in results[1:]:
+            assert_same_bits(result, results[0])
+        for env in envs[1:]:
+            assert_same_bits(
+                [env.qpos, env.score_terms(), *env.shot], [envs[0].qpos, envs[0].score_terms(), *envs[0].shot]
+            )
+    assert ended > num_lanes // 4
+    for env in envs:
+        env.close()
+
+
+def assert_same_bits(found, expected) -> None:
+    """For arrays, and dicts, tuples and lists of them; NaN included."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, (list, tuple)):
+        for a, b in zip(found, expected, strict=True):
+            assert_same_bits(a, b)
+    else:
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_lanes", [1, 2, 7, 256])
+def test_the_parts_of_the_threads_are_all_lanes_once(num_lanes, num_threads):
+    parts = twin._parts(num_lanes, num_threads)
+    assert [lane for part in parts for lane in range(num_lanes)[part]] == list(range(num_lanes))
+    assert len(parts) >= min(num_lanes, num_threads)
+    assert len(parts) == 1 or num_threads > 1
+
+
 def test_an_ended_lane_is_frozen_and_resets_alone():
     env = TwinEnv("target", 3)
     env.reset([0, 1, 2])

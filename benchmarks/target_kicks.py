@@ -1,0 +1,101 @@
+"""Why target episodes end as they do: the first kick, and hits, falls and lost balls by distance, in the twin.
+
+    python benchmarks/target_kicks.py [--checkpoint assets/policies/final] [--episodes 100] [--start-noise 0.02]
+
+Input: a checkpoint of any stage. Output: two tables. The first kick is the first action after which the ball's
+centre is faster than 0.5 m/s; its motion is read 0.2 s later. Directions are absolute angles, horizontal.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoints  # noqa: E402
+import errors  # noqa: E402
+from envs import constants as c  # noqa: E402
+from envs import official  # noqa: E402
+from envs.twin import TwinEnv  # noqa: E402
+from models.numpy_policy import policy_from_arrays  # noqa: E402
+from preprocess.submission import Preprocessor  # noqa: E402
+
+_KICK_M_S = 0.5
+_READ_AFTER_ACTIONS = 10
+_DISTANCES_M = (0.0, 4.0, 6.0, 9.0, 40.0)
+_PERCENTILES = (10, 25, 50, 75, 90)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to play."""
+
+    checkpoint: Path = Path("assets/policies/final")
+    episodes: int = 100
+    seed: int = 0  # master seed, as of evaluate.py
+    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+
+
+def _angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Between vectors (..., 2)."""
+    turn = np.arctan2(a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0], (a * b).sum(-1))
+    return np.abs(np.degrees(turn))
+
+
+def play(config: Config) -> dict[str, np.ndarray]:
+    """Per action and lane (T, B, 2): ball velocity, ball to target, robot to ball; per lane (B,): how it ended."""
+    policy = policy_from_arrays(checkpoints.load(config.checkpoint).arrays)
+    seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
+    env = TwinEnv("target", config.episodes)
+    obs, info = env.reset(seeds, config.start_noise)
+    rows: dict[str, list[np.ndarray]] = {"ball_vel": [], "to_target": [], "to_ball": []}
+    while env.alive.any():
+        rows["ball_vel"].append(env.ball_centre_velocity_w[:, :2].copy())
+        target_w = env.imu_pos_w + info["target_xpos_rel_robot"]
+        rows["to_target"].append((target_w - env.ball_centre_w)[:, :2])
+        rows["to_ball"].append((env.ball_centre_w - env.imu_pos_w)[:, :2])
+        step = env.step_action(policy(Preprocessor().modify_state(obs, info)))
+        obs, info = step.obs, step.info
+    ended = {"actions": -(-env.steps // c.PHYSICS_STEPS_PER_ACTION), "hit": info["success"].astype(bool),
+             "out": env.score_terms()["offside"] != 0.0, "fell": env.imu_pos_w[:, 2] <= c.FALL_HEIGHT_M}  # fmt: skip
+    env.close()
+    return {name: np.array(values) for name, values in rows.items()} | ended
+
+
+def main(config: Config) -> None:
+    """Play and print the tables."""
+    if config.episodes < 1:
+        raise errors.UserError(f"--episodes must be at least 1, got {config.episodes}")
+    p = play(config)
+    lanes = np.arange(config.episodes)
+    fast = np.linalg.norm(p["ball_vel"], axis=-1) > _KICK_M_S
+    kicked = fast.any(0)
+    kick = fast.argmax(0)[kicked]
+    then = np.minimum(kick + _READ_AFTER_ACTIONS, p["actions"][kicked] - 1)
+    at_kick, after = (kick, lanes[kicked]), (then, lanes[kicked])
+    table = {
+        "first kick, s": kick * c.ACTION_DT_S,
+        "ball speed, m/s": np.linalg.norm(p["ball_vel"][after], axis=-1),
+        "ball off target, deg": _angle_deg(p["ball_vel"][after], p["to_target"][after]),
+        "robot-ball line off target, deg": _angle_deg(p["to_ball"][at_kick], p["to_target"][at_kick]),
+        "fall, s": p["actions"][p["fell"]] * c.ACTION_DT_S,
+    }
+    print(f"{kicked.sum()} of {config.episodes} kick; percentiles {_PERCENTILES}:")
+    for name, values in table.items():
+        text = "  ".join(f"{v:7.2f}" for v in np.percentile(values, _PERCENTILES)) if len(values) else "never"
+        print(f"  {name:32s} {text}")
+    distance_m = np.linalg.norm(p["to_target"][0], axis=-1)
+    print("\n| ball to target at the start | episodes | hit | fell | out | time up |\n|---|---|---|---|---|---|")
+    for low, high in [*zip(_DISTANCES_M, _DISTANCES_M[1:]), (0.0, _DISTANCES_M[-1])]:
+        mine = (low <= distance_m) & (distance_m < high)
+        hit, out = p["hit"][mine], p["out"][mine]
+        fell = p["fell"][mine] & ~hit & ~out
+        shares = [x.mean() if mine.any() else np.nan for x in (hit, fell, out, ~hit & ~out & ~fell)]
+        print(f"| {low:.0f} to {high:.0f} m | {mine.sum()} | " + " | ".join(f"{s:.0%}" for s in shares) + " |")
+
+
+if __name__ == "__main__":
+    errors.run(main, tyro.cli(Config))
