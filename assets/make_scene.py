@@ -7,13 +7,16 @@ MuJoCo and MJX load anywhere. Every mass, inertia, joint, limit, motor and site 
 model; what is ours is only which colliders are kept, and how the ground is written:
 
 * Robot and ball rest on two coincident collidable planes at z = 0.010 (the official logos), and on the
-  convex hull of the pitch mesh, whose top is at the same height and which gives one more contact per foot.
-  The planes are kept as they are. The hull becomes a disc, which only the native engine can collide with a
-  box: `envs/scene.py` adds it there, and MJX goes without.
+  convex hull of the pitch mesh, whose top is at the same height. A running foot sinks in further, to the
+  planes at z = 0.007 (grass) and z = 0 (floor). The planes are kept as they are.
+* The hull becomes a disc of the same top and thickness: one more contact per foot, and one that pushes a
+  foot down if it has sunk in by more than half its own height. `envs/mjx_engine.py` gives MJX the disc-box
+  pair that it lacks. What the disc is to the ball, always above it, is a plane in MJX.
 * Thigh and shank cylinders become capsules of the same radius whose end spheres reach the same ends,
-  because MJX has no box-cylinder pair. They meet the ball, the ground and the other leg.
-* Only these collide: ground with feet, shanks and ball; ball with every robot collider and the attacked
-  goal's front posts; feet and shanks among themselves.
+  because MJX has no box-cylinder pair. They meet the ball and the other leg.
+* Only these collide: the logos with feet, shanks and ball; what is below them with feet and ball; ball with
+  every robot collider and the attacked goal's front posts; feet and shanks among themselves; thighs with
+  thighs and shanks. `envs/scene.py` adds the rest for the native engine.
 * Keeper, defenders and window are functions of time and geometry (`envs/tasks.py`), not bodies.
 """
 
@@ -33,13 +36,20 @@ THIGHS = ("Hip_Yaw_Left", "Hip_Yaw_Right")
 ROBOT_COLLIDERS = (*FEET, *SHANKS, *THIGHS, "Trunk")
 POSTS = ("left_post_south", "right_post_south", "crossbar_south")
 GROUND_PLANES = ("sai_logo1", "sai_logo2")
+LOWER_PLANES = ("field_base", "floor")
+PITCH_RADIUS_M = 15.0  # wider than the field
 # Who collides with whom (MuJoCo: contype of one meets conaffinity of the other). Not by explicit pairs:
 # MJX 3.3.7 cannot read those under current JAX.
-GROUND, BALL, LEG = 1, 2, 4
+GROUND, BALL, LEG, FOOT, THIGH = 1, 2, 4, 8, 16
 COLLISION_BITS = {  # geom: (contype, conaffinity)
     **dict.fromkeys(GROUND_PLANES, (GROUND, 0)),
-    **dict.fromkeys((*FEET, *SHANKS), (LEG, GROUND | BALL | LEG)),
-    **dict.fromkeys((*THIGHS, "Trunk", *POSTS), (0, BALL)),
+    **dict.fromkeys(LOWER_PLANES, (0, FOOT | BALL)),
+    "pitch": (0, FOOT),
+    "pitch_for_ball": (0, BALL),
+    **dict.fromkeys(FEET, (LEG | FOOT, GROUND | BALL | LEG)),
+    **dict.fromkeys(SHANKS, (LEG, GROUND | BALL | LEG | THIGH)),
+    **dict.fromkeys(THIGHS, (THIGH, BALL | THIGH)),
+    **dict.fromkeys(("Trunk", *POSTS), (0, BALL)),
     "ball": (BALL, GROUND),
 }
 
@@ -66,6 +76,38 @@ def _collider(model: mujoco.MjModel, body: str) -> int:
     if len(ids) != 1:
         raise ValueError(f"expected one collider on {body}, found {len(ids)}: has sai-mujoco changed?")
     return ids[0]
+
+
+def pitch_heights_m(model: mujoco.MjModel) -> tuple[float, float]:
+    """Bottom and top of the collidable pitch mesh, from its vertices, which are float32."""
+    on_field = model.geom_bodyid == model.body("football_field").id
+    is_mesh = model.geom_type == mujoco.mjtGeom.mjGEOM_MESH
+    (hull,) = np.flatnonzero(on_field & is_mesh & (model.geom_contype > 0))
+    mesh = model.geom_dataid[hull]
+    first = model.mesh_vertadr[mesh]
+    vertices = model.mesh_vert[first : first + model.mesh_vertnum[mesh]]
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    z_m = vertices @ data.geom_xmat[hull].reshape(3, 3)[2] + data.geom_xpos[hull][2]
+    return round(float(z_m.min()), 6), round(float(z_m.max()), 6)
+
+
+def _add_pitch_and_below(world: ET.Element, model: mujoco.MjModel) -> None:
+    """The disc, the lower planes with their own softness, and the disc's top as the ball's plane.
+
+    Their official friction (0.1, and drawn below 1 at every start) never acts: a contact takes the larger one.
+    """
+    bottom_m, top_m = pitch_heights_m(model)
+    half_m = (top_m - bottom_m) / 2
+    unseen = {"rgba": "0 0 0 0"}
+    disc = {"name": "pitch", "type": "cylinder", "pos": _fmt([0.0, 0.0, bottom_m + half_m])}
+    ET.SubElement(world, "geom", disc | {"size": _fmt([PITCH_RADIUS_M, half_m])} | unseen)
+    plane = {"type": "plane", "size": _fmt([PITCH_RADIUS_M, PITCH_RADIUS_M, 1.0])}
+    for name in LOWER_PLANES:
+        geom = model.geom(name)
+        place = {"name": name, "pos": _fmt([0.0, 0.0, geom.pos[2]]), "solimp": _fmt(geom.solimp)}
+        ET.SubElement(world, "geom", place | plane | unseen)
+    ET.SubElement(world, "geom", {"name": "pitch_for_ball", "pos": _fmt([0.0, 0.0, top_m])} | plane | unseen)
 
 
 def _add_collider(parent: ET.Element, model: mujoco.MjModel, name: str) -> None:
@@ -203,6 +245,7 @@ def scene_xml(model: mujoco.MjModel) -> str:
                 "quat": _fmt(quat),
             },
         )
+    _add_pitch_and_below(world, model)
 
     ball_id = model.body("soccer_ball").id
     ball = ET.SubElement(world, "body", {"name": "soccer_ball"})

@@ -1,14 +1,61 @@
-"""MJX: the engine for GPUs (it also runs on CPU). Pure functions over a batch of lanes, for use inside jit."""
+"""MJX: the engine for GPUs (it also runs on CPU). Pure functions over a batch of lanes, for use inside jit.
+
+Importing this module gives MJX 3.3.7 two collision functions, without which a running foot would not meet the
+ground that native MuJoCo gives it (docs/experiments.md). MJX has no public place for them.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from mujoco import mjx
+from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
+from mujoco.mjx._src.collision_primitive import GeomInfo, collider
+from mujoco.mjx._src.math import make_frame
 
 from envs import constants as c
 from envs.randomization import Physics, Randomizer
 from envs.scene import addresses, load_mjx_model, sensor_slices
 from envs.tasks import View
+
+# One end of each of a box's four diagonals, in half sizes.
+_DIAGONALS = np.array([[1, 1, 1], [1, 1, -1], [1, -1, 1], [1, -1, -1]], np.float32)
+
+
+def _lower_corners(box: GeomInfo, normal: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each diagonal's lower end along `normal`: offsets from the box's centre (4, 3), depths below it (4,), in m."""
+    ends = (_DIAGONALS * box.size) @ box.mat.T
+    heights = ends @ normal
+    return jnp.where(heights[:, None] > 0, -ends, ends), jnp.abs(heights)
+
+
+@collider(ncon=4)
+def _plane_box(plane: GeomInfo, box: GeomInfo) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The box's four lower corners, as in native MuJoCo: distances (4,), positions (4, 3), frames (4, 3, 3).
+
+    MJX's own function keeps only corners within 1 mm of the deepest, so a tilted foot stands on one edge.
+    """
+    normal = plane.mat[:, 2]
+    corners, depths = _lower_corners(box, normal)
+    dist = (box.pos - plane.pos) @ normal - depths
+    return dist, box.pos + corners - 0.5 * dist[:, None] * normal, jnp.stack([make_frame(normal)] * 4)
+
+
+@collider(ncon=1)
+def _disc_box(disc: GeomInfo, box: GeomInfo) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A box and a cylinder so wide that only its two faces matter: it is pushed out by the nearer one."""
+    axis = disc.mat[:, 2]
+    corners, depths = _lower_corners(box, axis)
+    deepest = jnp.argmax(depths)
+    height = (box.pos - disc.pos) @ axis
+    reach = disc.size[1] + depths[deepest]
+    side = jnp.where(height >= 0, 1.0, -1.0)  # up, or down if the box's centre is below the disc's
+    dist = side * height - reach
+    position = box.pos + side * corners[deepest] - 0.5 * dist * side * axis
+    return dist, position, make_frame(side * axis)
+
+
+_COLLISION_FUNC[mjx.GeomType.PLANE, mjx.GeomType.BOX] = _plane_box
+_COLLISION_FUNC[mjx.GeomType.CYLINDER, mjx.GeomType.BOX] = _disc_box
 
 
 class MjxEngine:

@@ -15,7 +15,7 @@ import numpy as np
 from envs import constants as c
 from errors import UserError
 
-GROUND_GEOMS = ("sai_logo1", "sai_logo2", "pitch")
+GROUND_GEOMS = ("sai_logo1", "sai_logo2", "pitch", "pitch_for_ball", "field_base", "floor")
 _GROUND_FRICTION = 0.01
 
 

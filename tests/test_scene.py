@@ -4,7 +4,17 @@ import mujoco
 import numpy as np
 import pytest
 
-from assets.make_scene import FEET, GROUND_PLANES, POSTS, ROBOT_COLLIDERS, ROBOT_PREFIX, SHANKS, THIGHS, scene_xml
+from assets.make_scene import (
+    FEET,
+    GROUND_PLANES,
+    LOWER_PLANES,
+    POSTS,
+    ROBOT_COLLIDERS,
+    ROBOT_PREFIX,
+    SHANKS,
+    THIGHS,
+    scene_xml,
+)
 from envs import constants as c
 from envs import scene
 from errors import UserError
@@ -55,8 +65,7 @@ def test_native_colliders_equal_the_official(official):
     """Shape, size, place and contact parameters; and every pair of robot, ball and ground collides as there."""
     ours = scene.load_native_model()
     names = {name: ROBOT_PREFIX + name for name in ("Trunk", *SHANKS, *THIGHS, *FEET)}
-    pairs = {"ball": "ball", "grass": "field_base", "floor": "floor"}
-    geoms = {name: (ours.geom(name).id, official.geom(theirs).id) for name, theirs in pairs.items()}
+    geoms = {name: (ours.geom(name).id, official.geom(name).id) for name in ("ball", *LOWER_PLANES)}
     for name, body in names.items():
         collides = [
             g
@@ -74,8 +83,8 @@ def test_native_colliders_equal_the_official(official):
             np.testing.assert_allclose(
                 getattr(ours, field)[a], getattr(official, field)[b], atol=1e-9, err_msg=f"{name}.{field}"
             )
-    for name in ("grass", "floor"):
-        assert ours.geom(name).pos[2] == official.geom(pairs[name]).pos[2]
+    for name in LOWER_PLANES:
+        assert ours.geom(name).pos[2] == official.geom(name).pos[2]
     data = mujoco.MjData(official)
     mujoco.mj_kinematics(official, data)
     mesh = official.geom_type == mujoco.mjtGeom.mjGEOM_MESH
@@ -126,11 +135,15 @@ def test_colliders_equal_the_official(official, ours):
 
 
 def test_contact_parameters_equal_the_official(official, ours):
-    """All collidable geoms share MuJoCo's defaults, so every contact has the official friction and softness."""
-    ball = official.geom("ball")
+    """All collidable geoms share MuJoCo's defaults but the lower planes, softer: official friction and softness."""
     for i in range(ours.ngeom):
+        name = ours.geom(i).name
         for field in ("friction", "solref", "solimp", "condim", "margin", "priority", "solmix"):
-            np.testing.assert_array_equal(getattr(ours.geom(i), field), getattr(ball, field))
+            own = field == "solimp" and name in LOWER_PLANES
+            expected = getattr(official.geom(name if own else "ball"), field)
+            np.testing.assert_array_equal(getattr(ours.geom(i), field), expected, err_msg=f"{name}.{field}")
+    for name in LOWER_PLANES:  # theirs never acts, since a contact takes the larger of two
+        assert (official.geom(name).friction <= official.geom("ball").friction).all()
 
 
 def test_who_collides(ours):
@@ -142,9 +155,17 @@ def test_who_collides(ours):
 
     for plane in GROUND_PLANES:
         assert {name for name in bits if collide(plane, name)} == {*FEET, *SHANKS, "ball"}
-    assert {name for name in bits if collide("ball", name)} == {*GROUND_PLANES, *ROBOT_COLLIDERS, *POSTS}
-    for leg in (*FEET, *SHANKS):
-        assert {name for name in bits if collide(leg, name)} == {*GROUND_PLANES, *FEET, *SHANKS, "ball"}
+    for plane in LOWER_PLANES:
+        assert {name for name in bits if collide(plane, name)} == {*FEET, "ball"}
+    ball_ground = {*GROUND_PLANES, *LOWER_PLANES, "pitch_for_ball"}
+    assert {name for name in bits if collide("ball", name)} == {*ball_ground, *ROBOT_COLLIDERS, *POSTS}
+    foot_ground = {*GROUND_PLANES, *LOWER_PLANES, "pitch"}
+    for foot in FEET:
+        assert {name for name in bits if collide(foot, name)} == {*foot_ground, *FEET, *SHANKS, "ball"}
+    for shank in SHANKS:
+        assert {name for name in bits if collide(shank, name)} == {*GROUND_PLANES, *FEET, *SHANKS, *THIGHS, "ball"}
+    for thigh in THIGHS:
+        assert {name for name in bits if collide(thigh, name)} == {*SHANKS, *THIGHS, "ball"}
 
 
 def test_kinematics_equal_the_official(official, ours):
