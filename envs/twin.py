@@ -21,9 +21,8 @@ How it is done:
   Python per step under the interpreter lock (measured: 4 per cent more steps/s on one core at 500 Hz, 9 in the
   loop of `_Worker.advance` alone), although the lock changes hands three times a step and not once.
 * Threads share the physics only, and each takes the next part of the lanes when it is done: two cores of one
-  machine are rarely equally fast (measured, goalie, 256 lanes, one quiet run: 3 to 9 per cent more steps/s
-  than fixed halves). Rules and observation follow for all lanes at once. Shards that overlap one's rules
-  with another's physics, and worker processes over shared memory, were no faster.
+  machine are rarely equally fast. Rules and observation follow for all lanes at once. Shards that overlap one's
+  rules with another's physics, and worker processes over shared memory, were tried (docs/twin.md).
 * What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
   Sensors have no part in the dynamics.
 * Positions, sensors and contacts are those of the state before the last integration, velocities those after

@@ -1,0 +1,161 @@
+"""What the main choices of pre-training are worth: the same recipe with one thing changed, for the same wall time.
+
+    python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
+    python benchmarks/ablation.py --out runs/ablation --arms base world-axes --seeds 0
+
+Each arm is one pre-training run from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is
+not run again, so the same command goes on. Output: a table of each arm's last evaluations (our scene, nominal
+physics, official starts with joint noise). Nothing else may use the machine: the arms share wall time, not steps.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import errors  # noqa: E402
+from benchmarks.learning import read_evaluations  # noqa: E402
+from envs import constants as c  # noqa: E402
+from errors import UserError  # noqa: E402
+
+_LAST = 3  # evaluations that are averaged
+_EVALUATION_EVERY = 200_000
+
+
+def _world_axes() -> None:
+    """The official layout's fault: positions along world axes, while the robot's heading stays unknown."""
+    from envs import episode
+    from preprocess import observation
+
+    def unturned(quat_wxyz, xp):
+        return xp.ones_like(quat_wxyz[..., 0]), xp.zeros_like(quat_wxyz[..., 0])
+
+    observation.heading_cos_sin = episode.heading_cos_sin = unturned
+
+
+def _no_normalizer() -> None:
+    """Observations as they are, but for the gains."""
+    from models.sac_networks import Normalizer
+
+    Normalizer.update = lambda self, obs: self
+
+
+def _scale_actions(factor: float) -> Callable[[], None]:
+    def change() -> None:
+        c.ACTION_SCALE_RAD *= factor
+
+    return change
+
+
+# Name: what is changed in the code of the arm's own process, and in the configuration.
+ARMS: dict[str, tuple[Callable[[], None] | None, dict]] = {
+    "base": (None, {}),
+    "world-axes": (_world_axes, {}),
+    "no-normalizer": (_no_normalizer, {}),
+    "action-scale-half": (_scale_actions(0.5), {}),
+    "action-scale-double": (_scale_actions(2.0), {}),
+    "discount-0.98": (None, {"discount": (0.98, 0.98)}),
+    "dr-1": (None, {"dr_level": 1}),
+    "dr-2": (None, {"dr_level": 2}),
+    "dr-3": (None, {"dr_level": 3}),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Which arms, and for how long."""
+
+    out: Path  # directory of the runs
+    arms: tuple[str, ...] = tuple(ARMS)
+    seeds: tuple[int, ...] = (0, 1)
+    minutes: float = 20.0  # of each run
+    preset: str = "cpu"
+
+
+def run_arm(arm: str, seed: int, config: Config) -> None:
+    """One run; in a process of its own, because the change stays."""
+    change, settings = ARMS[arm]
+    if change is not None:
+        change()
+    import train_mjx_sac
+
+    errors.run(
+        train_mjx_sac.main,
+        train_mjx_sac.Config(
+            out=config.out / f"{arm}-{seed}",
+            preset=config.preset,
+            seed=seed,
+            evaluation_every=_EVALUATION_EVERY,
+            evaluation_lanes=192,
+            time_limit_s=60.0 * config.minutes,
+            **settings,
+        ),
+    )
+
+
+def metrics_of(arm: str, seed: int, config: Config) -> Path:
+    """The metrics file of a run."""
+    return config.out / f"{arm}-{seed}.metrics.jsonl"
+
+
+def is_finished(arm: str, seed: int, config: Config) -> bool:
+    """Whether the run is there; raises `UserError` if it was cut short."""
+    file = metrics_of(arm, seed, config)
+    if not file.exists():
+        return False
+    evaluations = read_evaluations(file)
+    last_s = evaluations[-1]["wall_s"] if evaluations else 0.0
+    if last_s < 0.9 * 60.0 * config.minutes:
+        raise UserError(f"{file} ends after {last_s / 60:.1f} of {config.minutes:g} minutes: delete {arm}-{seed}*")
+    return True
+
+
+def print_table(config: Config) -> None:
+    """Means of the last evaluations, over the seeds that there are."""
+    table = Table(title=f"Last {_LAST} evaluations of {config.minutes:g} minutes, mean over seeds (each seed's)")
+    for name in ("arm", "steps, M", *c.TASKS, "mean"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for arm in config.arms:
+        runs = [read_evaluations(file) for seed in config.seeds if (file := metrics_of(arm, seed, config)).exists()]
+        runs = [rows[-_LAST:] for rows in runs if rows]
+        if not runs:
+            continue
+        cells = [arm, f"{np.mean([rows[-1]['step'] for rows in runs]) / 1e6:.2f}"]
+        for name in (*(f"eval/score_{task}" for task in c.TASKS), "eval/score"):
+            by_seed = [np.mean([row[name] for row in rows]) for rows in runs]
+            cells.append(f"{np.mean(by_seed):+.2f} ({', '.join(f'{score:+.2f}' for score in by_seed)})")
+        table.add_row(*cells)
+    Console(width=120).print(table)
+
+
+def main(config: Config) -> None:
+    """Run what is missing, then print the table."""
+    if unknown := set(config.arms) - set(ARMS):
+        raise UserError(f"--arms: {', '.join(sorted(unknown))} unknown: use {', '.join(ARMS)}")
+    if not config.minutes > 0:
+        raise UserError(f"--minutes must be positive, got {config.minutes}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    for seed in config.seeds:
+        for arm in config.arms:
+            if is_finished(arm, seed, config):
+                continue
+            process = spawn.Process(target=run_arm, args=(arm, seed, config))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise UserError(f"{arm}-{seed} ended with status {process.exitcode}: its message is above")
+    print_table(config)
+
+
+if __name__ == "__main__":
+    errors.run(main, tyro.cli(Config, description=__doc__))
