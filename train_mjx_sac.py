@@ -77,8 +77,8 @@ class Config:
     updates_per_iteration: int | None = None  # gradient steps per action of all lanes
     buffer_size: int | None = None
     learning_starts: int | None = None  # steps with the untrained policy before the first update
-    # From learning to stand and walk to learning to aim: pairs go from the first to the last value over these steps.
-    ramp_steps: int = 6_000_000
+    # First to walk and shoot, then to aim: pairs go from the first to the last value between these two steps.
+    ramp_steps: tuple[int, int] = (4_000_000, 10_000_000)
     learning_rate: tuple[float, float] = (3e-4, 1e-4)
     adam_b2: float = 0.95
     weight_decay: float = 1e-3
@@ -127,12 +127,13 @@ def resolve(config: Config) -> Config:
     level(config.dr_level)
     chosen = {name: value for name, value in PRESETS[config.preset].items() if getattr(config, name) is None}
     config = replace(config, **chosen)
-    for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes",
-                 "ramp_steps"):  # fmt: skip
+    for name in ("num_envs", "total_steps", "batch_size", "updates_per_iteration", "max_actions", "evaluation_lanes"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {getattr(config, name)}")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"--seed must lie in [0, 2^32), of which JAX keeps all bits; got {config.seed}")
+    if not 0 <= config.ramp_steps[0] < config.ramp_steps[1]:
+        raise UserError(f"--ramp-steps must be two steps, the first before the second, got {config.ramp_steps}")
     if config.buffer_size < config.num_envs:
         raise UserError(f"--buffer-size {config.buffer_size} is less than one action of {config.num_envs} lanes")
     engine = config.engine

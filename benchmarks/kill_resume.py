@@ -56,7 +56,7 @@ STAGES = {
     "pretrain": [
         "train_mjx_sac.py", "--engine", "native", "--num-envs", "8", "--total-steps", "960", "--batch-size", "32",
         "--updates-per-iteration", "2", "--buffer-size", "300", "--learning-starts", "80", "--dr-level", "1",
-        "--ramp-steps", "600", "--max-actions", "40", "--evaluation-lanes", "3", "--evaluation-every", "400",
+        "--ramp-steps", "200", "600", "--max-actions", "40", "--evaluation-lanes", "3", "--evaluation-every", "400",
         "--log-every", "200", "--checkpoint-every", "40", "--checkpoint-interval-s", "0",
     ],
     "finetune": [

@@ -34,7 +34,7 @@ class DenseWeights:
     torque: float = -0.015  # sum of squared torques over limits
     action_rate: float = -0.005  # sum of squared action differences
     joint_vel: float = -0.00001  # sum of squared joint velocities
-    fallen: float = -10.0  # once; half of it at first (collect.py)
+    fallen: float = -10.0  # once; less at first (collect.py)
     ball_done: float = 12.0  # once, where the task is over without a fall: what standing on would have earned
     success: float = 8.0  # once
 

@@ -169,7 +169,8 @@ def test_mjx_run_on_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("bad, words", [({"preset": "huge"}, "huge"), ({"dr_level": 7}, "dr-level 7"), ({"num_envs": 0}, "num-envs"),
-                                         ({"seed": -1}, "seed"), ({"buffer_size": 4}, "buffer-size")])  # fmt: skip
+                                         ({"seed": -1}, "seed"), ({"buffer_size": 4}, "buffer-size"),
+                                         ({"ramp_steps": (9, 9)}, "ramp-steps")])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, bad, words):
     with pytest.raises(UserError, match=words):
         train.main(_config(tmp_path, **bad))
