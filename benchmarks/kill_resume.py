@@ -44,7 +44,7 @@ class Config:
 
     trials: int = 50  # of each stage
     kills: int = 1  # in each trial
-    stages: tuple[Literal["pretrain", "finetune"], ...] = ("pretrain", "finetune")
+    stages: tuple[Literal["pretrain", "mjx", "finetune"], ...] = ("pretrain", "finetune")  # mjx: compiles for minutes
     steps: int | None = None  # of each run; None takes the stage's own, below
     seed: int = 0  # of the instants
     cache: Path | None = None  # directory of compiled code, kept for the next time; None: with the runs
@@ -58,6 +58,12 @@ STAGES = {
         "--updates-per-iteration", "2", "--buffer-size", "300", "--learning-starts", "80", "--dr-level", "1",
         "--ramp-steps", "200", "600", "--max-actions", "40", "--evaluation-lanes", "3", "--evaluation-every", "400",
         "--log-every", "200", "--checkpoint-every", "40", "--checkpoint-interval-s", "0",
+    ],
+    "mjx": [  # pre-training on the other engine; one call is 20 actions of every lane
+        "train_mjx_sac.py", "--engine", "mjx", "--resume-buffer", "saved", "--num-envs", "4", "--total-steps", "960",
+        "--batch-size", "32", "--updates-per-iteration", "2", "--buffer-size", "300", "--learning-starts", "80",
+        "--dr-level", "1", "--ramp-steps", "200", "600", "--max-actions", "40", "--evaluation-lanes", "3",
+        "--evaluation-every", "400", "--log-every", "200", "--checkpoint-every", "80", "--checkpoint-interval-s", "0",
     ],
     "finetune": [
         "finetune_ddpg.py", "--from-scratch", "--num-lanes", "3", "--total-steps", "480", "--warmup-steps", "60",
