@@ -12,6 +12,10 @@ _INT_LIMIT = 2**62  # what arrays and random generators can hold, with room for 
 class UserError(Exception):
     """Bad input or a machine that lacks something: the message is one line and names the remedy."""
 
+    def __init__(self, message: str):
+        # It may quote a damaged file: half a surrogate pair can be read from JSON, but not be printed.
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
 
 def run(main: Callable[..., Any], *args: Any) -> Any:
     """Call `main(*args)`; a `UserError` becomes one line on stderr and exit status 2.

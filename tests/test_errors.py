@@ -69,3 +69,8 @@ def test_result_and_other_exceptions_pass_through():
     assert errors.run(lambda config: config.seed, Config()) == 0
     with pytest.raises(ZeroDivisionError):
         errors.run(lambda: 1 / 0)
+
+
+def test_a_message_that_quotes_half_a_character_can_be_printed():
+    error = errors.UserError("the file names preset = \ud800: name another")
+    assert str(error).encode() == b"the file names preset = \\ud800: name another"
