@@ -47,7 +47,7 @@ class Settings(Protocol):
     weights: DenseWeights
 
 
-_FALL_SHARE = (0.3, 1.0)  # of the fall penalty: in full from the start, no step is dared (docs/experiments.md, f1)
+_FALL_SHARE = (0.3, 1.0)  # of the fall penalty: in full from the start, no step is dared (docs/experiments.md, a4)
 
 
 def add_observation_noise(state: SacState, critic_obs: jax.Array, key: jax.Array, std: float) -> jax.Array:

@@ -73,7 +73,7 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for source in ("critic", "target_critic"):
         for i in range(NUM_CRITICS):
             networks[f"{source}.{i}"] = {name: pair[i] for name, pair in _network(arrays, source).items()}
-            # What only the pre-training critics see stays behind: as if it were zero, about its mean.
+            # What only the pre-training critics see stays behind, as if it were zero: fine-tuning's learn first anyway.
             hidden = slice(OBS_SIZE, CRITIC_OBS_SIZE)
             networks[f"{source}.{i}"]["input.kernel"] = np.delete(networks[f"{source}.{i}"]["input.kernel"], hidden, 0)
     converted = {}

@@ -69,6 +69,8 @@ def main(config: Config) -> None:
     """Play and print the tables."""
     if config.episodes < 1:
         raise errors.UserError(f"--episodes must be at least 1, got {config.episodes}")
+    if not config.start_noise >= 0.0:
+        raise errors.UserError(f"--start-noise must be at least 0, got {config.start_noise}")
     p = play(config)
     lanes = np.arange(config.episodes)
     fast = np.linalg.norm(p["ball_vel"], axis=-1) > _KICK_M_S
