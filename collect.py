@@ -5,7 +5,6 @@ loop). Both give their whole state as arrays, so that a run can go on exactly wh
 """
 
 import functools
-import os
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from envs import constants as c
+from envs.cores import usable_cores
 from envs.episode import Outcome, advance, critic_observation
 from envs.native_engine import NativeEngine
 from envs.pd import joint_target_rad
@@ -42,12 +42,11 @@ class Settings(Protocol):
     updates_per_iteration: int
     buffer_size: int
     ramp_steps: tuple[int, int]
+    fall_share: tuple[float, float]
+    first_task_share: tuple[float, float, float]
     max_actions: int
     starts: StartMix
     weights: DenseWeights
-
-
-_FALL_SHARE = (0.3, 1.0)  # of the fall penalty: in full from the start, no step is dared (docs/experiments.md, a4)
 
 
 def add_observation_noise(state: SacState, critic_obs: jax.Array, key: jax.Array, std: float) -> jax.Array:
@@ -125,11 +124,17 @@ def ramp(config: Settings, steps: jax.Array) -> jax.Array:
     return jnp.clip((steps - first) / (last - first), 0.0, 1.0)
 
 
+def start_mix(config: Settings, progress: jax.Array) -> StartMix:
+    """The starts of the moment."""
+    shares = map(jnp.asarray, (config.first_task_share, config.starts.task_share))
+    return replace(config.starts, task_share=between(tuple(shares), progress))
+
+
 def lanes_advance(config: Settings, tasks: Tasks):
     """`advance` over lanes, with the fall penalty of the moment."""
 
     def one(view, task_state, action, progress):
-        weights = replace(config.weights, fallen=config.weights.fallen * between(_FALL_SHARE, progress))
+        weights = replace(config.weights, fallen=config.weights.fallen * between(config.fall_share, progress))
         return advance(tasks, view, task_state, action, weights, config.max_actions)
 
     return jax.vmap(one, in_axes=(0, 0, 0, None))
@@ -145,7 +150,7 @@ class NativeLoop:
 
     def __init__(self, config: Settings, sac: Sac, tasks: Tasks):
         self.config = config
-        self.engine = NativeEngine(config.num_envs, num_threads=os.cpu_count() or 2, dr_level=config.dr_level,
+        self.engine = NativeEngine(config.num_envs, num_threads=usable_cores(), dr_level=config.dr_level,
                                    seed=config.seed)  # fmt: skip
         self.count = 0  # iterations: every draw has its own number, whatever other lanes do
         self.rng = np.random.default_rng(config.seed)
@@ -174,7 +179,8 @@ class NativeLoop:
         @jax.jit
         def reset(count):
             keys = jax.random.split(jax.random.fold_in(reset_key, count), config.num_envs)
-            return jax.vmap(lambda k: tasks.reset(k, config.starts))(keys)
+            mix = start_mix(config, ramp(config, count * config.num_envs))
+            return jax.vmap(lambda k: tasks.reset(k, mix))(keys)
 
         @jax.jit
         def restart(done, fresh, task_state, view, seen):
@@ -312,12 +318,12 @@ class MjxLoop:
         engine = MjxEngine(config.num_envs, config.dr_level, config.seed)
         noise = level(config.dr_level).obs_noise_std
         n, capacity = config.num_envs, config.buffer_size - config.buffer_size % config.num_envs
-        reset_lanes = jax.vmap(lambda k: tasks.reset(k, config.starts))
         advance_lanes = lanes_advance(config, tasks)
         untouched = jnp.zeros(n, bool)
 
-        def start(key):
-            qpos, qvel, task_state = reset_lanes(jax.random.split(key, n))
+        def start(key, progress):
+            mix = start_mix(config, progress)
+            qpos, qvel, task_state = jax.vmap(lambda k: tasks.reset(k, mix))(jax.random.split(key, n))
             data = engine.reset(qpos, qvel)
             observe = jax.vmap(functools.partial(critic_observation, tasks))
             return data, task_state, observe(engine.view(data, untouched), task_state)
@@ -345,7 +351,7 @@ class MjxLoop:
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             state, metrics = jax.lax.cond(learn, sac.update_many, lambda s, *_: (s, nothing), state, batches, progress)
             done = outcome.terminated | outcome.truncated
-            fresh_data, fresh_task, fresh_seen = start(reset_key)
+            fresh_data, fresh_task, fresh_seen = start(reset_key, progress)
             data = select_lanes(done, fresh_data, data)
             task_state = select_lanes(done, fresh_task, task_state)
             seen = select_lanes(done, fresh_seen, seen)
@@ -361,7 +367,7 @@ class MjxLoop:
 
         self._run = run
         key, start_key = jax.random.split(jax.random.key(config.seed + 1))
-        data, task_state, seen = jax.jit(start)(start_key)
+        data, task_state, seen = jax.jit(start)(start_key, 0.0)
         buffer = Batch(**{name: jnp.zeros((capacity, *shape)) for name, shape in ROW_SHAPES.items()})
         self.loop = MjxCarry(data, task_state, seen, buffer, jnp.int32(0), key)
         self.added = 0  # rows ever

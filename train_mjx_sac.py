@@ -40,6 +40,7 @@ import errors
 import resume
 from collect import ROW_SHAPES, MjxLoop, NativeLoop, Statistics, named
 from envs import constants as c
+from envs.cores import usable_cores
 from envs.episode import advance
 from envs.native_engine import NativeEngine
 from envs.pd import joint_target_rad
@@ -86,10 +87,12 @@ class Config:
     target_tau: float = 0.01
     policy_tau: float = 0.0003  # of the average that is evaluated and shipped: 3,300 gradient steps
     target_entropy: tuple[float, float] = (-6.0, -14.0)  # half the number of joints, then a steady hand
+    fall_share: tuple[float, float] = (0.3, 1.0)  # of the fall penalty: in full from the start, no step is dared
     initial_temperature: float = 0.01
     mirror: bool = True  # mirror half of each batch
 
     # --- episodes
+    first_task_share: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # before the ramp; starts.task_share after it
     max_actions: int = 300  # training episodes are cut (not ended) after this many actions
     starts: StartMix = field(default_factory=StartMix)
     weights: DenseWeights = field(default_factory=DenseWeights)
@@ -160,7 +163,7 @@ class Evaluator:
 
     def __init__(self, config: Config, tasks: Tasks):
         self.lanes = config.evaluation_lanes
-        self.engine = NativeEngine(self.lanes, num_threads=os.cpu_count() or 2)
+        self.engine = NativeEngine(self.lanes, num_threads=usable_cores())
         mix = StartMix(
             task_share=(1 / 3, 1 / 3, 1 / 3),
             official_pose=1.0,

@@ -1,14 +1,17 @@
 """What the main choices of pre-training are worth: the same recipe with one thing changed, for the same wall time.
 
     python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
-    python benchmarks/ablation.py --out runs/ablation --arms base world-axes --seeds 0
+    python benchmarks/ablation.py --out runs/ablation_dr --arms base dr-1 dr-2 dr-3 --init assets/policies/pretrained
 
-Each arm is one pre-training run from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is
-not run again, so the same command goes on. Output: a table of each arm's last evaluations (our scene, nominal
-physics, official starts with joint noise). Nothing else may use the machine: the arms share wall time, not steps.
+Each run is a pre-training in `<out>/<arm>-<seed>`, from nothing or from `--init`. The seeds of an arm run side by
+side, each bound to its share of the cores; the arms one after the other. What is finished is not run again, so the
+same command goes on. Output: a table of each arm's last evaluations (our scene, nominal physics, official starts
+with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform does, where the arm changed
+no code. Nothing else may use the machine: the arms share wall time, not steps.
 """
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +66,6 @@ ARMS: dict[str, tuple[Callable[[], None] | None, dict]] = {
     "no-normalizer": (_no_normalizer, {}),
     "action-scale-half": (_scale_actions(0.5), {}),
     "action-scale-double": (_scale_actions(2.0), {}),
-    "discount-0.98": (None, {"discount": (0.98, 0.98)}),
     "dr-1": (None, {"dr_level": 1}),
     "dr-2": (None, {"dr_level": 2}),
     "dr-3": (None, {"dr_level": 3}),
@@ -79,11 +81,20 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)
     minutes: float = 20.0  # of each run
     preset: str = "cpu"
+    init: Path | None = None  # pre-trained checkpoint to start from; the recipe is then that of its last stretch
 
 
-def run_arm(arm: str, seed: int, config: Config) -> None:
-    """One run; in a process of its own, because the change stays."""
+# From a trained policy: the ramp is over, and the new buffer fills before the first update.
+_FROM_INIT = {"ramp_steps": (0, 1), "policy_tau": 0.0002, "learning_starts": 100_000}
+
+
+def run_arm(arm: str, seed: int, cores: set[int] | None, config: Config) -> None:
+    """One run, bound to cores (None: to none); in a process of its own, because arm and cores stay."""
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
     change, settings = ARMS[arm]
+    if config.init is not None:
+        settings = _FROM_INIT | settings
     if change is not None:
         change()
     import train_mjx_sac
@@ -97,9 +108,21 @@ def run_arm(arm: str, seed: int, config: Config) -> None:
             evaluation_every=_EVALUATION_EVERY,
             evaluation_lanes=192,
             time_limit_s=60.0 * config.minutes,
+            init=config.init,
             **settings,
         ),
     )
+
+
+def shares_of_cores(count: int) -> list[set[int] | None]:
+    """The cores of each of `count` runs side by side, equally many; nothing is bound where that cannot be."""
+    if count == 1 or not hasattr(os, "sched_setaffinity"):
+        return [None] * count
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < count:
+        raise UserError(f"{count} --seeds side by side on {len(cores)} cores: give fewer at a time")
+    each = len(cores) // count
+    return [set(cores[i * each : (i + 1) * each]) for i in range(count)]
 
 
 def metrics_of(arm: str, seed: int, config: Config) -> Path:
@@ -145,13 +168,17 @@ def main(config: Config) -> None:
         raise UserError(f"--minutes must be positive, got {config.minutes}")
     config.out.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    for seed in config.seeds:
-        for arm in config.arms:
-            if is_finished(arm, seed, config):
-                continue
-            process = spawn.Process(target=run_arm, args=(arm, seed, config))
+    for arm in config.arms:
+        seeds = [seed for seed in config.seeds if not is_finished(arm, seed, config)]
+        processes = [
+            spawn.Process(target=run_arm, args=(arm, seed, cores, config))
+            for seed, cores in zip(seeds, shares_of_cores(len(config.seeds)))
+        ]
+        for process in processes:
             process.start()
+        for process in processes:
             process.join()
+        for seed, process in zip(seeds, processes, strict=True):
             if process.exitcode:
                 raise UserError(f"{arm}-{seed} ended with status {process.exitcode}: its message is above")
     print_table(config)

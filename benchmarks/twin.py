@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import errors  # noqa: E402
 from envs import constants as c  # noqa: E402
 from envs import official, pd, twin  # noqa: E402
+from envs.cores import usable_cores  # noqa: E402
 from envs.twin import TwinEnv  # noqa: E402
 
 _PIECES, _PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
@@ -90,15 +91,16 @@ def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:
     """Bare physics from the states in which `env` is, its lanes shared by threads."""
 
     def advance(data: mujoco.MjData) -> None:
+        memory = twin._memory(data)
         for row in waiting:  # shared: each thread takes the next lane
-            mujoco.mj_setState(env._source.model, data, row, twin._PACKED)
+            memory[:] = row
             mujoco.mj_step(env._source.model, data, _PIECE_STEPS)
 
     with ThreadPoolExecutor(num_threads) as pool:
         data = [mujoco.MjData(env._source.model) for _ in range(num_threads)]
         while True:
             yield
-            waiting = iter(env._state.packed)
+            waiting = iter(env._state.memory)
             list(pool.map(advance, data))
 
 
@@ -155,7 +157,7 @@ def main(config: Config) -> None:
             + "|",
             flush=True,
         )
-    print(f"\n{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, {config.lanes} lanes")
+    print(f"\n{usable_cores()} cores, load average {os.getloadavg()[0]:.1f}, {config.lanes} lanes")
 
 
 if __name__ == "__main__":

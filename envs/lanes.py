@@ -10,7 +10,6 @@ Two engines give the same numbers: `OfficialEngine` is the platform's own enviro
 """
 
 import multiprocessing
-import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
@@ -20,6 +19,7 @@ import numpy as np
 
 from envs import constants as c
 from envs import official, pd, twin
+from envs.cores import usable_cores
 from envs.official import EpisodeResult, Policy
 from errors import UserError
 from preprocess.observation import OBS_SIZE
@@ -262,7 +262,7 @@ class Lanes:
         check_num_lanes(num_lanes)
         per_task = num_lanes // c.NUM_TASKS
         if backend == "twin":
-            per_task = min(per_task, max(1, (os.cpu_count() or 1) // c.NUM_TASKS))
+            per_task = min(per_task, max(1, usable_cores() // c.NUM_TASKS))
         self.task = [c.TASKS[lane % c.NUM_TASKS] for lane in range(num_lanes)]
         # Process p has the lanes p, p + P, p + 2 P ..., all of one task, because P is a multiple of three.
         self._lanes_of = [list(range(num_lanes))[p :: c.NUM_TASKS * per_task] for p in range(c.NUM_TASKS * per_task)]

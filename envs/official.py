@@ -27,6 +27,7 @@ import sai_mujoco  # noqa: F401  registers the environments
 
 from envs import constants as c
 from envs import pd, scene
+from envs.cores import usable_cores
 from errors import UserError
 from preprocess.submission import Preprocessor
 from rewards.official import WEIGHTS, score_terms
@@ -300,7 +301,7 @@ def run_episodes(
     Even one worker is a process of its own, with one BLAS thread: so no number depends on how many there
     are. `policy` must be picklable. `progress` wraps the results as they arrive (for example `tqdm`).
     """
-    workers = min(workers or os.cpu_count() or 1, len(episodes))
+    workers = min(workers or usable_cores(), len(episodes))
     executor = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),

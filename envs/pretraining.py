@@ -4,7 +4,6 @@ Seeds, joint noise, policy and 50 Hz control are those of `envs/official.py`; sc
 pre-training under native MuJoCo: keeper and defenders by geometry, ends and touches noticed once an action.
 """
 
-import os
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 
 from envs import constants as c
 from envs import official, scene
+from envs.cores import usable_cores
 from envs.native_engine import NativeEngine
 from envs.official import Episode, Policy
 from envs.pd import joint_target_rad
@@ -32,7 +32,7 @@ class Behaviour(NamedTuple):
 def run_episodes(policy: Policy, episodes: list[Episode], start_noise_rad: float = 0.0) -> Behaviour:
     """Play all episodes at once. The policy takes (N, 87) float32; a lane whose physics breaks scores NaN."""
     tasks = Tasks()
-    engine = NativeEngine(len(episodes), num_threads=os.cpu_count() or 1)
+    engine = NativeEngine(len(episodes), num_threads=usable_cores())
     qpos, state = official_starts(tasks, episodes, start_noise_rad)
     engine.reset(np.arange(len(episodes)), qpos, np.zeros((len(episodes), tasks.nv)))
 

@@ -17,11 +17,10 @@ How it is done:
   the working set stays in the cache (measured: 25,000 physics steps/s on one core, against 17,000 with one
   `MjData` per lane), and memory does not grow with the lanes. Nothing is lost, because the solver's warm
   start is part of the row.
-* A row goes in and comes out packed, by one `mj_setState` and one `mj_getState`, and not field by field: less
-  Python per step under the interpreter lock (measured: 4 per cent more steps/s on one core at 500 Hz, 9 in the
-  loop of `_Worker.advance` alone), although the lock changes hands three times a step and not once.
-* Threads share the physics only, and each takes the next part of the lanes when it is done: two cores of one
-  machine are rarely equally fast. Rules and observation follow for all lanes at once. Shards that overlap one's
+* A row goes in and comes out as one copy of a stretch of `MjData`'s memory: little Python per step, and the
+  interpreter lock changes hands once a step (`mj_setState` and `mj_getState` would let it go as well).
+* Threads share the physics only, and each takes the next lane when it is done: two cores of one machine are
+  rarely equally fast. Rules and observation follow for all lanes at once. Shards that overlap one's
   rules with another's physics, and worker processes over shared memory, were tried (docs/twin.md).
 * What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
   Sensors have no part in the dynamics.
@@ -35,7 +34,6 @@ import functools
 import itertools
 import multiprocessing
 import operator
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +46,7 @@ from sai_mujoco.utils.v0.rotations import euler2quat
 
 from envs import constants as c
 from envs import official, pd, scene
+from envs.cores import usable_cores
 from envs.official import Episode, EpisodeResult, Policy
 from errors import UserError
 from preprocess.submission import Preprocessor
@@ -128,44 +127,60 @@ def _source(task: str) -> _Source:
     return _Source(env, model, data.qpos.copy(), goals)
 
 
-# What the next physics step depends on, in the order in which MuJoCo packs it.
-_PACKED = int(
-    mujoco.mjtState.mjSTATE_TIME
-    | mujoco.mjtState.mjSTATE_QPOS
-    | mujoco.mjtState.mjSTATE_QVEL
-    | mujoco.mjtState.mjSTATE_WARMSTART
-    | mujoco.mjtState.mjSTATE_CTRL
-)
+class _Layout(NamedTuple):
+    """Where in the memory of an `MjData`, counted in numbers from its qpos, the state lies."""
+
+    qpos: slice
+    qvel: slice
+    ctrl: slice
+    size: int  # up to ctrl's end; the solver's warm start and a little padding lie in between
+
+
+def _layout(data: mujoco.MjData) -> _Layout:
+    """MuJoCo allocates an `MjData` in one piece, in a fixed order; where, its arrays' addresses tell."""
+
+    def where(values: np.ndarray) -> slice:
+        start = (values.ctypes.data - data.qpos.ctypes.data) // values.itemsize
+        return slice(start, start + values.size)
+
+    qpos, qvel, warmstart, ctrl = map(where, (data.qpos, data.qvel, data.qacc_warmstart, data.ctrl))
+    if not qpos.stop <= qvel.start < qvel.stop <= warmstart.start < warmstart.stop <= ctrl.start < qpos.stop + 200:
+        raise RuntimeError(f"MuJoCo {mujoco.__version__} orders MjData in another way: envs/twin.py must be adapted")
+    return _Layout(qpos, qvel, ctrl, ctrl.stop)
+
+
+def _memory(data: mujoco.MjData) -> np.ndarray:
+    """The memory of an `MjData` (n,) that the next physics step depends on, but for the time, which only tells."""
+    return np.lib.stride_tricks.as_strided(data.qpos, (_layout(data).size,))
 
 
 class _State:
     """What the next physics step depends on, and the sensors of the last one; leading axes alike.
 
-    All but `packed` and `sensors` are views into `packed`.
+    qpos (..., nq), qvel (..., nv) and ctrl (..., nu) are views into `memory`.
     """
 
-    def __init__(self, model: mujoco.MjModel, packed: np.ndarray, sensors: np.ndarray):
-        self.model = model
-        self.packed = packed  # (..., n) what `mj_setState` takes and `mj_getState` gives: `_PACKED`
+    def __init__(self, layout: _Layout, time: np.ndarray, memory: np.ndarray, sensors: np.ndarray):
+        self.layout = layout
+        self.time = time  # (..., 1) s
+        self.memory = memory  # (..., n) as `_memory` gives it
         self.sensors = sensors  # (..., nsensordata)
-        vel, warmstart = 1 + model.nq, 1 + model.nq + model.nv
-        self.time = packed[..., 0]  # (...) s
-        self.qpos = packed[..., 1:vel]  # (..., nq)
-        self.qvel = packed[..., vel:warmstart]  # (..., nv)
-        self.ctrl = packed[..., warmstart + model.nv :]  # (..., nu), behind the solver's warm start (..., nv)
+        self.qpos, self.qvel, self.ctrl = (memory[..., part] for part in layout[:3])
+
+    @classmethod
+    def zeros(cls, data: mujoco.MjData, *shape: int) -> "_State":
+        """For states like that of `data`."""
+        layout = _layout(data)
+        sizes = (1,), (layout.size,), data.sensordata.shape
+        return cls(layout, *(np.zeros((*shape, *size)) for size in sizes))
 
     def at(self, index) -> "_State":
         """The part at an index of the leading axes."""
-        return _State(self.model, self.packed[index], self.sensors[index])
+        return _State(self.layout, self.time[index], self.memory[index], self.sensors[index])
 
     def write(self, index, new: "_State") -> None:
         """Overwrite the part at an index of the leading axes."""
-        self.packed[index], self.sensors[index] = new.packed, new.sensors
-
-
-def _empty_state(model: mujoco.MjModel, *shape: int) -> _State:
-    sizes = mujoco.mj_stateSize(model, _PACKED), model.nsensordata
-    return _State(model, *(np.zeros((*shape, size)) for size in sizes))
+        self.time[index], self.memory[index], self.sensors[index] = new.time, new.memory, new.sensors
 
 
 class _Worker:
@@ -175,22 +190,23 @@ class _Worker:
         self.model = model
         self.data = mujoco.MjData(model)
         self._views = _lane_views(model, task)
+        self._memory, self._sensors = _memory(self.data).data, self.data.sensordata.data
 
-    def advance(self, lane_values: list[list[memoryview]], before: _State, after: _State) -> None:
-        """One physics step of each of L lanes, from the state and ctrl `before`; writes into `after`.
+    def advance(self, rows: Iterator[tuple[list[memoryview], np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """One physics step of each lane in `rows`: its values, and the memory before, and the memory and sensors
+        to write after it. Several workers may take their rows from one iterator.
 
         The official `step` is `mj_step1`, ctrl, `mj_step2`, the same arithmetic as ctrl, `mj_step`; except that
         where a state comes in with NaN, MuJoCo starts that lane again and its torque of this step is lost.
         """
-        model, data, views, sensors = self.model, self.data, self._views, self.data.sensordata
-        set_state, step, get_state = mujoco.mj_setState, mujoco.mj_step, mujoco.mj_getState
-        rows = zip(lane_values, before.packed, after.packed, after.sensors, strict=True)
-        for values, packed, packed_after, sensors_after in rows:
+        model, data, views, memory, sensors = self.model, self.data, self._views, self._memory, self._sensors
+        step = mujoco.mj_step
+        for values, memory_before, memory_after, sensors_after in rows:
             for view, value in zip(views, values, strict=True):
                 view[:] = value
-            set_state(model, data, packed, _PACKED)
+            memory[:] = memory_before
             step(model, data)
-            get_state(model, data, packed_after, _PACKED)
+            memory_after[:] = memory
             sensors_after[:] = sensors
 
     def forward(self, lane_values: list[memoryview], qpos: np.ndarray, after: _State) -> None:
@@ -199,7 +215,8 @@ class _Worker:
         for view, value in zip(self._views, lane_values, strict=True):
             view[:] = value
         self.data.qpos[:] = qpos
-        mujoco.mj_getState(self.model, self.data, after.packed, _PACKED)  # now: without a warm start
+        after.time[:] = 0.0
+        after.memory[:] = self._memory  # now: without a warm start
         mujoco.mj_forward(self.model, self.data)
         after.sensors[:] = self.data.sensordata
 
@@ -234,7 +251,7 @@ class TwinEnv:
         self._address_model(model)
         self._constants()
 
-        self._state = _empty_state(model, num_lanes)
+        self._state = _State.zeros(self._workers[0].data, num_lanes)
         self._rng: list[np.random.Generator | None] = [None] * num_lanes
         self._lane_values: list[list[memoryview]] = [[]] * num_lanes  # drawn by each lane's reset, for `_lane_views`
         self._target_pos_w = np.zeros((num_lanes, 3))  # window centre or target
@@ -384,9 +401,9 @@ class TwinEnv:
             raise UserError(f"nothing can be held for {num_steps} physics steps: give 1 or more")
         lanes, held = self._checked_action(held, what)
 
-        def torque_nm(state: _State, part: slice) -> np.ndarray:
+        def torque_nm(state: _State) -> np.ndarray:
             joints = state.qpos[:, self._joint_q], state.qvel[:, self._joint_v]
-            torque = law(held[part], *(values.astype(np.float32) for values in joints))
+            torque = law(held, *(values.astype(np.float32) for values in joints))
             return np.clip(torque, self._torque_low, self._torque_high)
 
         return self._step(lanes, torque_nm, num_steps)
@@ -459,33 +476,26 @@ class TwinEnv:
 
     def _simulate(self, lanes: np.ndarray, torque_of: Callable, num_steps: int) -> _State:
         """States (num_steps, L) after each physics step."""
-        states = _empty_state(self._source.model, num_steps, len(lanes))
-        start = self._state.at(lanes)
+        states = _State.zeros(self._workers[0].data, num_steps, len(lanes))
         lane_values = [self._lane_values[lane] for lane in lanes.tolist()]
-
-        parts = _parts(len(lanes), len(self._workers))
-        waiting = iter(parts)  # shared: whoever is done takes the next one
-
-        def play(worker: _Worker) -> None:
-            for part in waiting:
-                state = start.at(part)
-                for s in range(num_steps):
-                    after = states.at((s, part))
-                    worker.advance(lane_values[part], self._commanded(state, torque_of(state, part)), after)
-                    state = after
-
-        jobs = [self._pool.submit(play, worker) for worker in self._workers[1 : len(parts)]]
-        play(self._workers[0])
-        for job in jobs:
-            job.result()
+        state = self._state.at(lanes)
+        for s in range(num_steps):
+            before, after = self._commanded(state, torque_of(state)), states.at(s)
+            rows = zip(lane_values, before.memory, after.memory, after.sensors, strict=True)  # each taken by one worker
+            jobs = [self._pool.submit(worker.advance, rows) for worker in self._workers[1:]]
+            self._workers[0].advance(rows)
+            for job in jobs:
+                job.result()
+            after.time[:] = before.time + self._source.model.opt.timestep
+            state = after
         return states
 
     def _commanded(self, state: _State, torque_nm: np.ndarray) -> _State:
         """The states with joint torques, and with their keepers where the official code writes them every step."""
-        commanded = _State(state.model, state.packed.copy(), state.sensors)
+        commanded = _State(state.layout, state.time, state.memory.copy(), state.sensors)
         commanded.ctrl[:, self._actuators] = torque_nm
         if len(self._keeper_q):
-            angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state.time[:, None]
+            angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state.time
             commanded.qpos[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
             speed = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
             commanded.qvel[:, self._keeper_v] = speed
@@ -704,19 +714,6 @@ def _checked_seed(seed: int | None, lane: int) -> int | None:
     return seed
 
 
-def _parts(num_lanes: int, num_threads: int) -> list[slice]:
-    """The lanes in parts for threads to take one by one; the last ones are small, so that none waits long."""
-    if num_threads == 1:
-        return [slice(0, num_lanes)]
-    parts, first = [], 0
-    smallest = max(1, num_lanes // (8 * num_threads))
-    while first < num_lanes:
-        end = min(num_lanes, first + max(smallest, (num_lanes - first) // (2 * num_threads)))
-        parts.append(slice(first, end))
-        first = end
-    return parts
-
-
 def _norm(vector: np.ndarray) -> np.ndarray:
     """Length (...) of vectors (..., 3), by the dot product that `np.linalg.norm` uses for one vector."""
     return np.sqrt(np.vecdot(vector, vector))
@@ -824,7 +821,7 @@ def run_episodes(
         for batch in _batches(list(of_task), _EPISODES_PER_JOB)
     ]
     executor = ProcessPoolExecutor(
-        min(workers or os.cpu_count() or 1, len(jobs)),
+        min(workers or usable_cores(), len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(policy, start_noise_rad),

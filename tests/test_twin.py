@@ -245,15 +245,6 @@ def assert_same_bits(found, expected) -> None:
         assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("num_lanes", [1, 2, 7, 256])
-def test_the_parts_of_the_threads_are_all_lanes_once(num_lanes, num_threads):
-    parts = twin._parts(num_lanes, num_threads)
-    assert [lane for part in parts for lane in range(num_lanes)[part]] == list(range(num_lanes))
-    assert len(parts) >= min(num_lanes, num_threads)
-    assert len(parts) == 1 or num_threads > 1
-
-
 def test_an_ended_lane_is_frozen_and_resets_alone():
     env = TwinEnv("target", 3)
     env.reset([0, 1, 2])
