@@ -3,15 +3,13 @@
     python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
     python benchmarks/ablation.py --out runs/ablation_dr --arms base dr-1 dr-2 dr-3 --init assets/policies/pretrained
 
-Each run is a pre-training in `<out>/<arm>-<seed>`, from nothing or from `--init`. The seeds of an arm run side by
-side, each bound to its share of the cores; the arms one after the other. What is finished is not run again, so the
-same command goes on. Output: a table of each arm's last evaluations (our scene, nominal physics, official starts
-with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform does, where the arm changed
-no code. Nothing else may use the machine: the arms share wall time, not steps.
+Each run is a pre-training from nothing, or from `--init`, one after the other, in `<out>/<arm>-<seed>`; what is
+finished is not run again, so the same command goes on. Output: a table of each arm's last evaluations (our scene,
+nominal physics, official starts with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform
+does, where the arm changed no code. Nothing else may use the machine: the arms share wall time, not steps.
 """
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,10 +60,13 @@ def _scale_actions(factor: float) -> Callable[[], None]:
 # Name: what is changed in the code of the arm's own process, and in the configuration.
 ARMS: dict[str, tuple[Callable[[], None] | None, dict]] = {
     "base": (None, {}),
+    "updates-4": (None, {"updates_per_iteration": 4}),
+    "fall-share-0.3": (None, {"fall_share": (0.3, 1.0)}),
+    "discount-0.98": (None, {"discount": (0.98, 0.99)}),
+    "task-share-last": (None, {"first_task_share": (0.2, 0.2, 0.6)}),
     "world-axes": (_world_axes, {}),
     "no-normalizer": (_no_normalizer, {}),
     "action-scale-half": (_scale_actions(0.5), {}),
-    "action-scale-double": (_scale_actions(2.0), {}),
     "dr-1": (None, {"dr_level": 1}),
     "dr-2": (None, {"dr_level": 2}),
     "dr-3": (None, {"dr_level": 3}),
@@ -88,10 +89,8 @@ class Config:
 _FROM_INIT = {"ramp_steps": (0, 1), "policy_tau": 0.0002, "learning_starts": 100_000}
 
 
-def run_arm(arm: str, seed: int, cores: set[int] | None, config: Config) -> None:
-    """One run, bound to cores (None: to none); in a process of its own, because arm and cores stay."""
-    if cores is not None:
-        os.sched_setaffinity(0, cores)
+def run_arm(arm: str, seed: int, config: Config) -> None:
+    """One run; in a process of its own, because the change stays."""
     change, settings = ARMS[arm]
     if config.init is not None:
         settings = _FROM_INIT | settings
@@ -112,17 +111,6 @@ def run_arm(arm: str, seed: int, cores: set[int] | None, config: Config) -> None
             **settings,
         ),
     )
-
-
-def shares_of_cores(count: int) -> list[set[int] | None]:
-    """The cores of each of `count` runs side by side, equally many; nothing is bound where that cannot be."""
-    if count == 1 or not hasattr(os, "sched_setaffinity"):
-        return [None] * count
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < count:
-        raise UserError(f"{count} --seeds side by side on {len(cores)} cores: give fewer at a time")
-    each = len(cores) // count
-    return [set(cores[i * each : (i + 1) * each]) for i in range(count)]
 
 
 def metrics_of(arm: str, seed: int, config: Config) -> Path:
@@ -168,17 +156,13 @@ def main(config: Config) -> None:
         raise UserError(f"--minutes must be positive, got {config.minutes}")
     config.out.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    for arm in config.arms:
-        seeds = [seed for seed in config.seeds if not is_finished(arm, seed, config)]
-        processes = [
-            spawn.Process(target=run_arm, args=(arm, seed, cores, config))
-            for seed, cores in zip(seeds, shares_of_cores(len(config.seeds)))
-        ]
-        for process in processes:
+    for seed in config.seeds:
+        for arm in config.arms:
+            if is_finished(arm, seed, config):
+                continue
+            process = spawn.Process(target=run_arm, args=(arm, seed, config))
             process.start()
-        for process in processes:
             process.join()
-        for seed, process in zip(seeds, processes, strict=True):
             if process.exitcode:
                 raise UserError(f"{arm}-{seed} ended with status {process.exitcode}: its message is above")
     print_table(config)

@@ -25,14 +25,6 @@ def test_action_scale_arm_scales_the_targets(monkeypatch):
     np.testing.assert_allclose(joint_target_rad(np.ones(c.NUM_JOINTS)) - c.DEFAULT_POSE_RAD, before / 2)
 
 
-def test_the_runs_side_by_side_share_the_cores(monkeypatch):
-    monkeypatch.setattr(ablation.os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 8}, raising=False)
-    assert ablation.shares_of_cores(1) == [None]
-    assert ablation.shares_of_cores(2) == [{2, 3}, {5, 7}]
-    with pytest.raises(UserError, match="6 --seeds side by side on 5 cores"):
-        ablation.shares_of_cores(6)
-
-
 def test_finished_runs_are_kept_and_others_named(tmp_path, capsys):
     config = ablation.Config(tmp_path, arms=("base",), seeds=(0,), minutes=10.0)
     row = {"eval/score": 1.5, "step": 2e6, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
