@@ -135,6 +135,14 @@ def test_difference_by_hand():
     expected[1, -1], actual[1, -1] = 20.0, 20.5  # 0.5 / max(1, 20)
     expected[0, 0], actual[0, 0] = 0.1, 0.12  # 0.02 / max(1, 0.1)
     assert gates.difference(actual, expected) == (pytest.approx(0.025), "task_one_hot")
+    spin = gates.SLICES["ball_angvel_rel_robot_h"].start
+    expected[1, spin : spin + 3], actual[1, spin : spin + 3] = (30.0, 40.0, 0.0), (30.0, 40.0, 2.0)  # 2 / 50
+    defenders = gates.SLICES["defenders_pos_rel_robot_h"].start
+    expected[0, defenders + 4] = actual[0, defenders + 4] = 10.0
+    actual[0, defenders + 3] = 0.3  # 0.3 / 10: the second one's own length
+    assert gates.difference(actual, expected) == (pytest.approx(0.04), "ball_angvel_rel_robot_h")
+    actual[0, defenders] = 0.3  # 0.3 / 1: the first one is at zero
+    assert gates.difference(actual, expected) == (pytest.approx(0.3), "defenders_pos_rel_robot_h")
     actual[0, 1] = np.nan
     apart, feature = gates.difference(actual, expected)
     assert np.isnan(apart) and feature == "joint_pos"

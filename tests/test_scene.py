@@ -143,7 +143,8 @@ def test_contact_parameters_equal_the_official(official, ours):
             expected = getattr(official.geom(name if own else "ball"), field)
             np.testing.assert_array_equal(getattr(ours.geom(i), field), expected, err_msg=f"{name}.{field}")
     for name in LOWER_PLANES:  # theirs never acts, since a contact takes the larger of two
-        assert (official.geom(name).friction <= official.geom("ball").friction).all()
+        # which every reset draws anew by interpolation: equal ends may come out an ulp above
+        assert (official.geom(name).friction <= official.geom("ball").friction * (1 + 1e-12)).all()
 
 
 def test_who_collides(ours):
