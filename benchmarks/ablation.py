@@ -1,12 +1,11 @@
 """What the main choices of pre-training are worth: the same recipe with one thing changed, for the same wall time.
 
     python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
-    python benchmarks/ablation.py --out runs/ablation_dr --arms base dr-1 dr-2 dr-3 --init assets/policies/pretrained
 
-Each run is a pre-training from nothing, or from `--init`, one after the other, in `<out>/<arm>-<seed>`; what is
-finished is not run again, so the same command goes on. Output: a table of each arm's last evaluations (our scene,
-nominal physics, official starts with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform
-does, where the arm changed no code. Nothing else may use the machine: the arms share wall time, not steps.
+Each run is a pre-training from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is not run
+again, so the same command goes on. Output: a table of each arm's last evaluations (our scene, nominal physics,
+official starts with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform does, where the
+arm changed no code. Nothing else may use the machine: the arms share wall time, not steps.
 """
 
 import multiprocessing
@@ -82,18 +81,11 @@ class Config:
     seeds: tuple[int, ...] = (0, 1)
     minutes: float = 20.0  # of each run
     preset: str = "cpu"
-    init: Path | None = None  # pre-trained checkpoint to start from; the recipe is then that of its last stretch
-
-
-# From a trained policy: the ramp is over, and the new buffer fills before the first update.
-_FROM_INIT = {"ramp_steps": (0, 1), "policy_tau": 0.0002, "learning_starts": 100_000}
 
 
 def run_arm(arm: str, seed: int, config: Config) -> None:
     """One run; in a process of its own, because the change stays."""
     change, settings = ARMS[arm]
-    if config.init is not None:
-        settings = _FROM_INIT | settings
     if change is not None:
         change()
     import train_mjx_sac
@@ -107,7 +99,6 @@ def run_arm(arm: str, seed: int, config: Config) -> None:
             evaluation_every=_EVALUATION_EVERY,
             evaluation_lanes=192,
             time_limit_s=60.0 * config.minutes,
-            init=config.init,
             **settings,
         ),
     )
