@@ -13,6 +13,7 @@ import numpy as np
 from envs import constants as c
 from errors import UserError
 
+MUJOCO_VERSION = "3.3.7"
 SCENE_PATH = Path(__file__).parent.parent / "assets" / "mjx_scene.xml"
 
 # Official leg colliders; MJX has no cylinder-box pair, so the scene on disk has capsules of the same length.
@@ -38,14 +39,15 @@ class Addresses(NamedTuple):
 
 
 def check_mujoco_version(version: str = mujoco.__version__) -> None:
-    """Raise unless mujoco is inside the window in which the official environments load.
+    """Raise unless mujoco is the version that everything here was measured with.
 
-    Measured: 3.3.0 and 3.3.7 work, 3.2.6 and 3.4.0 upwards do not.
+    The official environments load with 3.3.0 and 3.3.7, not with 3.2.6 nor from 3.4.0 on (measured); the twin's
+    sensors and MJX's collision functions are written for 3.3.7.
     """
-    major, minor = (int(part) for part in version.split(".")[:2])
-    if (major, minor) != (3, 3):
+    if version != MUJOCO_VERSION:
         raise UserError(
-            f"mujoco {version} cannot load the official environments (only 3.3.x can): pip install mujoco==3.3.7 mujoco-mjx==3.3.7"
+            f"mujoco {version} cannot load the official environments and their twin as tested: "
+            f"pip install mujoco=={MUJOCO_VERSION} mujoco-mjx=={MUJOCO_VERSION}"
         )
 
 

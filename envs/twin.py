@@ -30,6 +30,7 @@ How it is done:
   submitted module sees.
 """
 
+import concurrent.futures
 import functools
 import itertools
 import multiprocessing
@@ -144,13 +145,19 @@ def _layout(data: mujoco.MjData) -> _Layout:
         return slice(start, start + values.size)
 
     qpos, qvel, warmstart, ctrl = map(where, (data.qpos, data.qvel, data.qacc_warmstart, data.ctrl))
-    if not qpos.stop <= qvel.start < qvel.stop <= warmstart.start < warmstart.stop <= ctrl.start < qpos.stop + 200:
-        raise RuntimeError(f"MuJoCo {mujoco.__version__} orders MjData in another way: envs/twin.py must be adapted")
+    gaps = qvel.start - qpos.stop, warmstart.start - qvel.stop, ctrl.start - warmstart.stop
+    more_state = data.act, data.mocap_pos, data.plugin_state, data.userdata, data.eq_active
+    # Arrays begin at multiples of 64 bytes.
+    if not all(0 <= gap < 8 for gap in gaps) or any(values.size for values in more_state):
+        raise UserError(
+            f"mujoco {mujoco.__version__} orders an MjData in another way, or the official model has more state: "
+            "install the pinned versions (constraints.txt), or adapt envs/twin.py"
+        )
     return _Layout(qpos, qvel, ctrl, ctrl.stop)
 
 
 def _memory(data: mujoco.MjData) -> np.ndarray:
-    """The memory of an `MjData` (n,) that the next physics step depends on, but for the time, which only tells."""
+    """The memory of an `MjData` (n,) that the next physics step depends on, but for the time."""
     return np.lib.stride_tricks.as_strided(data.qpos, (_layout(data).size,))
 
 
@@ -192,20 +199,22 @@ class _Worker:
         self._views = _lane_views(model, task)
         self._memory, self._sensors = _memory(self.data).data, self.data.sensordata.data
 
-    def advance(self, rows: Iterator[tuple[list[memoryview], np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """One physics step of each lane in `rows`: its values, and the memory before, and the memory and sensors
-        to write after it. Several workers may take their rows from one iterator.
+    def advance(self, rows: Iterator[tuple]) -> None:
+        """One physics step of each lane in `rows`: its values, the time and the memory before, and the time, the
+        memory and the sensors to write after it. Several workers may take their rows from one iterator.
 
-        The official `step` is `mj_step1`, ctrl, `mj_step2`, the same arithmetic as ctrl, `mj_step`; except that
-        where a state comes in with NaN, MuJoCo starts that lane again and its torque of this step is lost.
+        The official `step` is `mj_step1`, ctrl, `mj_step2`: the same arithmetic as ctrl, `mj_step`, but for a state
+        that MuJoCo does not accept (`TwinEnv._commanded`).
         """
         model, data, views, memory, sensors = self.model, self.data, self._views, self._memory, self._sensors
         step = mujoco.mj_step
-        for values, memory_before, memory_after, sensors_after in rows:
+        for values, time_before, memory_before, time_after, memory_after, sensors_after in rows:
             for view, value in zip(views, values, strict=True):
                 view[:] = value
+            data.time = time_before
             memory[:] = memory_before
             step(model, data)
+            time_after[:] = data.time
             memory_after[:] = memory
             sensors_after[:] = sensors
 
@@ -252,6 +261,7 @@ class TwinEnv:
         self._constants()
 
         self._state = _State.zeros(self._workers[0].data, num_lanes)
+        self._zero_pose = _memory(self._workers[0].data).copy()
         self._rng: list[np.random.Generator | None] = [None] * num_lanes
         self._lane_values: list[list[memoryview]] = [[]] * num_lanes  # drawn by each lane's reset, for `_lane_views`
         self._target_pos_w = np.zeros((num_lanes, 3))  # window centre or target
@@ -320,8 +330,11 @@ class TwinEnv:
         an official `reset()` without a seed does. `start_noise_rad` is the standard deviation of the noise
         on each joint, the same noise as in `envs/official.py`. Returns obs and info of all lanes.
         """
-        chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
-        seeds = list(seeds)
+        try:
+            chosen = np.arange(self.num_lanes)[slice(None) if lanes is None else lanes]
+            seeds = list(seeds)
+        except (IndexError, TypeError) as error:
+            raise UserError(f"cannot reset: {error}; give a list of seeds, and lanes below {self.num_lanes}") from error
         if len(seeds) != len(chosen):
             raise UserError(f"{len(seeds)} seeds for {len(chosen)} lanes: give one seed for each lane to reset")
         if not (np.isfinite(start_noise_rad) and start_noise_rad >= 0.0):
@@ -412,7 +425,14 @@ class TwinEnv:
         """The lanes that go on and their actions (L, 12), in the type given; an ended lane's is ignored."""
         if not self._was_reset:
             raise UserError("the twin was not reset: call reset(seeds) before the first step")
-        action = np.asarray(action)
+        try:
+            action = np.asarray(action)
+        except ValueError as error:
+            raise UserError(
+                f"{what} has rows of different lengths: give {c.NUM_JOINTS} numbers for each lane"
+            ) from error
+        if action.dtype.kind not in "fiu":
+            raise UserError(f"{what} holds {action.dtype}, not numbers: check the policy")
         if action.shape != (self.num_lanes, c.NUM_JOINTS):
             raise UserError(
                 f"{what} has shape {action.shape}, expected ({self.num_lanes}, {c.NUM_JOINTS}): one row for each lane"
@@ -481,24 +501,35 @@ class TwinEnv:
         state = self._state.at(lanes)
         for s in range(num_steps):
             before, after = self._commanded(state, torque_of(state)), states.at(s)
-            rows = zip(lane_values, before.memory, after.memory, after.sensors, strict=True)  # each taken by one worker
+            times = before.time[:, 0].tolist()
+            # Each row is taken by one worker.
+            rows = zip(lane_values, times, before.memory, after.time, after.memory, after.sensors, strict=True)
             jobs = [self._pool.submit(worker.advance, rows) for worker in self._workers[1:]]
-            self._workers[0].advance(rows)
+            try:
+                self._workers[0].advance(rows)
+            finally:
+                concurrent.futures.wait(jobs)  # a worker's data must be idle before the next call
             for job in jobs:
                 job.result()
-            after.time[:] = before.time + self._source.model.opt.timestep
             state = after
         return states
 
     def _commanded(self, state: _State, torque_nm: np.ndarray) -> _State:
-        """The states with joint torques, and with their keepers where the official code writes them every step."""
-        commanded = _State(state.layout, state.time, state.memory.copy(), state.sensors)
-        commanded.ctrl[:, self._actuators] = torque_nm
+        """The states with joint torques, and with their keepers where the official code writes them every step.
+
+        A state with NaN or huge numbers MuJoCo replaces by the model's zero pose in `mj_step1`, before the official
+        code writes the torque. `mj_step` would do it after, and lose the torque: so it is done here.
+        """
+        commanded = _State(state.layout, state.time.copy(), state.memory.copy(), state.sensors)
         if len(self._keeper_q):
             angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * state.time
             commanded.qpos[:, self._keeper_q] = c.KEEPER_AMPLITUDE_M * np.sin(angle)
             speed = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
             commanded.qvel[:, self._keeper_v] = speed
+        accepted = [(np.abs(values) <= mujoco.mjMAXVAL).all(axis=-1) for values in (commanded.qpos, commanded.qvel)]
+        restarted = ~np.logical_and(*accepted)
+        commanded.memory[restarted], commanded.time[restarted] = self._zero_pose, 0.0
+        commanded.ctrl[:, self._actuators] = torque_nm
         return commanded
 
     # --- rules --------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_bad_input_is_told_in_one_line(envs):
         official.run_episode(envs["goalie"], "goalie", lambda obs: np.zeros(24), seed=4)
 
 
-def test_a_mujoco_outside_the_window_is_refused(monkeypatch):
+def test_another_mujoco_is_refused(monkeypatch):
     monkeypatch.setattr(scene.check_mujoco_version, "__defaults__", ("3.8.1",))
     with pytest.raises(UserError, match="mujoco 3.8.1 cannot load"):
         official.make("goalie")

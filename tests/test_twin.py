@@ -5,8 +5,11 @@ not disturb each other, threads, errors, the gymnasium interface.
 """
 
 import functools
+import threading
+import time
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 
@@ -266,27 +269,67 @@ def test_an_ended_lane_is_frozen_and_resets_alone():
     assert env.alive.all() and env.steps.tolist() == [20, 0, 20]
 
 
-def test_a_lane_with_nan_does_what_the_official_environment_does_and_stops_nobody(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e11])
+@pytest.mark.parametrize("task", c.TASKS)
+def test_a_broken_lane_does_what_the_official_environment_does_and_stops_nobody(task, broken, tmp_path, monkeypatch):
+    """MuJoCo starts such a lane again, in the middle of the episode, which goes on: at another time of the keeper."""
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warning into a log file
-    env, base = TwinEnv("goalie", 3), official_env("goalie")
-    env.reset([0, 1, 2])
+    env, healthy, base = TwinEnv(task, 3, num_threads=2), TwinEnv(task, 2), official_env(task)
+    obs, _ = env.reset([0, 1, 2])
     base.reset(seed=1)
-    env.qpos[1] = base.unwrapped.sim.data.qpos[:] = np.nan
-    torques = np.random.default_rng(0).normal(0, 5, (5, 3, c.NUM_JOINTS))
-    torques[0] = 0.0  # MuJoCo starts the lane again; a torque would be lost in the twin only
-    for torque in torques:
-        step = env.step_torque(torque)
-        obs, reward, terminated, _, info = base.step(torque[1])
-        np.testing.assert_array_equal(step.obs[1], obs)
-        assert (step.reward[1], step.terminated[1]) == (reward, terminated)
-        if terminated:
-            break
-    healthy = TwinEnv("goalie", 2)
     healthy.reset([0, 2])
-    for torque in torques[: env.steps[0]]:
+    sim = base.unwrapped.sim.data
+    torques = np.random.default_rng(0).normal(0, 5, (60, 3, c.NUM_JOINTS))
+    for i, torque in enumerate(torques):
+        if i == 40:
+            env.qpos[1, env._joint_q[0]] = broken
+            sim.qpos[env._joint_q[0]] = broken
+        if i == 50:
+            env.qvel[1, env._joint_v[0]] = broken
+            sim.qvel[env._joint_v[0]] = broken
+        step = env.step_torque(torque)
+        obs, reward, terminated, truncated, info = base.step(torque[1])
+        assert not terminated and not truncated  # else nothing is left to compare
+        assert (step.reward[1], step.terminated[1], step.truncated[1]) == (reward, terminated, truncated)
+        np.testing.assert_array_equal(step.obs[1], obs)
+        for key, value in info.items():
+            if key in step.info:
+                np.testing.assert_array_equal(step.info[key][1], value, err_msg=key)
+        np.testing.assert_array_equal(env.qpos[1], sim.qpos)
         expected = healthy.step_torque(torque[[0, 2]])
     assert_same_lane(step, 0, expected, 0)
     assert_same_lane(step, 2, expected, 1)
+    env.close()
+
+
+def test_an_error_in_one_thread_waits_for_the_others(monkeypatch):
+    env = TwinEnv("target", 4, num_threads=2)
+    env.reset(range(4))
+    started, finished = threading.Event(), threading.Event()
+    slow, failing = env._workers[1], env._workers[0]
+
+    def slowly(rows):
+        started.set()
+        time.sleep(0.3)
+        finished.set()
+
+    def fail(rows):
+        started.wait()
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(slow, "advance", slowly)
+    monkeypatch.setattr(failing, "advance", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        env.step_torque(np.zeros((4, c.NUM_JOINTS)))
+    assert finished.is_set()
+    env.close()
+
+
+def test_state_that_the_copies_would_miss_is_refused():
+    spec = twin._source("target").env.unwrapped.mjcf_model.copy()
+    spec.worldbody.add_body(mocap=True).add_geom(size=[0.1, 0.1, 0.1])
+    with pytest.raises(UserError, match="has more state"):
+        twin._layout(mujoco.MjData(spec.compile()))
 
 
 # --- gymnasium ------------------------------------------------------------------------------------------
@@ -359,6 +402,11 @@ def actions_with(value: float) -> np.ndarray:
         (lambda env: env.step_torque(np.zeros(12)), r"shape \(12,\), expected \(2, 12\)"),
         (lambda env: env.step_target(np.zeros((2, 11))), r"shape \(2, 11\), expected \(2, 12\)"),
         (lambda env: env.step_target(np.zeros((2, 12)), num_steps=0), "be held for 0 physics steps"),
+        (lambda env: env.step_action([[0.0] * 12, [0.0] * 11]), "action has rows of different lengths"),
+        (lambda env: env.step_action("stand"), "action holds <U5, not numbers"),
+        (lambda env: env.reset(3), "give a list of seeds"),
+        (lambda env: env.reset([0], lanes=[2]), "lanes below 2"),
+        (lambda env: env.reset([0], lanes=np.array([True])), "lanes below 2"),
         (lambda env: env.reset([0, -1]), "seed of lane 1 is -1"),
         (lambda env: env.reset([2**64], lanes=np.array([1])), "seed of lane 1 is 18446744073709551616"),
         (lambda env: env.reset([0.5, 1]), "seed of lane 0 is 0.5: give an integer"),
@@ -378,7 +426,7 @@ def test_bad_input_is_one_clear_error(env, call, message):
     np.testing.assert_array_equal(env.qpos, before)
 
 
-def test_a_mujoco_outside_the_window_is_named(monkeypatch):
+def test_another_mujoco_is_named(monkeypatch):
     monkeypatch.setattr("envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
     with pytest.raises(UserError, match="mujoco 3.4.0 cannot load"):
         TwinEnv("target", 1)
