@@ -1,9 +1,10 @@
-"""Why target episodes end as they do: the first kick, and hits, falls and lost balls by distance, in the twin.
+"""Why target episodes end as they do: the first kick, the run after the ball, and hits, falls and lost balls.
 
     python benchmarks/target_kicks.py [--checkpoint assets/policies/final] [--episodes 100] [--start-noise 0.02]
 
-Input: a checkpoint of any stage. Output: two tables. The first kick is the first action after which the ball's
-centre is faster than 0.5 m/s; its motion is read 0.2 s later. Directions are absolute angles, horizontal.
+Input: a checkpoint of any stage, played in the twin. Output: three tables. The first kick is the first action after
+which the ball's centre is faster than 0.5 m/s; its motion is read 0.2 s later. Directions are absolute angles,
+horizontal; speeds of the robot are means over 0.1 s.
 """
 
 import sys
@@ -27,6 +28,8 @@ _KICK_M_S = 0.5
 _READ_AFTER_ACTIONS = 10
 _DISTANCES_M = (0.0, 4.0, 6.0, 9.0, 40.0)
 _PERCENTILES = (10, 25, 50, 75, 90)
+_FROM_BALL_M = (0.0, 0.6, 1.0, 1.5, 2.5, 4.0, 40.0)
+_MEAN_OVER_ACTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,41 @@ def _angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def play(config: Config) -> dict[str, np.ndarray]:
-    """Per action and lane (T, B, 2): ball velocity, ball to target, robot to ball; per lane (B,): how it ended."""
+    """Per action and lane (T, B, 2): ball velocity, ball to target, robot to ball, robot; per lane (B,): how it ended."""
     policy = policy_from_arrays(checkpoints.load(config.checkpoint).arrays)
     seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
     env = TwinEnv("target", config.episodes)
     obs, info = env.reset(seeds, config.start_noise)
-    rows: dict[str, list[np.ndarray]] = {"ball_vel": [], "to_target": [], "to_ball": []}
+    rows: dict[str, list[np.ndarray]] = {"ball_vel": [], "to_target": [], "to_ball": [], "robot": []}
     while env.alive.any():
         rows["ball_vel"].append(env.ball_centre_velocity_w[:, :2].copy())
         target_w = env.imu_pos_w + info["target_xpos_rel_robot"]
         rows["to_target"].append((target_w - env.ball_centre_w)[:, :2])
         rows["to_ball"].append((env.ball_centre_w - env.imu_pos_w)[:, :2])
+        rows["robot"].append(env.imu_pos_w[:, :2].copy())
         step = env.step_action(policy(Preprocessor().modify_state(obs, info)))
         obs, info = step.obs, step.info
-    ended = {"actions": -(-env.steps // c.PHYSICS_STEPS_PER_ACTION), "hit": info["success"].astype(bool),
+    ended = {"actions": -(-env.steps // c.PHYSICS_STEPS_PER_ACTION), "touches": env.touches, "hit": info["success"].astype(bool),
              "out": env.score_terms()["offside"] != 0.0, "fell": env.imu_pos_w[:, 2] <= c.FALL_HEIGHT_M}  # fmt: skip
     env.close()
     return {name: np.array(values) for name, values in rows.items()} | ended
+
+
+def print_chase(p: dict[str, np.ndarray], after_kick: np.ndarray) -> None:
+    """How near the robot stays to the ball after the first kick (T, B), and how fast both are."""
+    n = _MEAN_OVER_ACTIONS
+    moved = np.linalg.norm(p["robot"][n:] - p["robot"][:-n], axis=-1) / (n * c.ACTION_DT_S)
+    playing = (np.arange(len(after_kick))[:, None] < p["actions"]) & after_kick
+    playing, from_ball = playing[n:], np.linalg.norm(p["to_ball"], axis=-1)[n:]
+    ball = np.linalg.norm(p["ball_vel"], axis=-1)[n:]
+    print(f"\ntouches an episode: {p['touches'].mean():.1f}\n")
+    print("| robot to ball after the first kick | share of time | robot, m/s | ball, m/s |\n|---|---|---|---|")
+    for low, high in zip(_FROM_BALL_M, _FROM_BALL_M[1:]):
+        mine = playing & (low <= from_ball) & (from_ball < high)
+        speeds = [np.median(v[mine]) if mine.any() else np.nan for v in (moved, ball)]
+        print(
+            f"| {low:.1f} to {high:.1f} m | {mine.sum() / max(playing.sum(), 1):.0%} | {speeds[0]:.2f} | {speeds[1]:.2f} |"
+        )
 
 
 def main(config: Config) -> None:
@@ -89,6 +110,7 @@ def main(config: Config) -> None:
     for name, values in table.items():
         text = "  ".join(f"{v:7.2f}" for v in np.percentile(values, _PERCENTILES)) if len(values) else "never"
         print(f"  {name:32s} {text}")
+    print_chase(p, np.maximum.accumulate(fast))
     distance_m = np.linalg.norm(p["to_target"][0], axis=-1)
     print("\n| ball to target at the start | episodes | hit | fell | out | time up |\n|---|---|---|---|---|---|")
     for low, high in [*zip(_DISTANCES_M, _DISTANCES_M[1:]), (0.0, _DISTANCES_M[-1])]:
