@@ -27,7 +27,6 @@ class DenseWeights:
     approach: float = 0.2  # per action at 1 m/s toward the kicking position, new ground only
     dribble: float = 0.1  # per action at 1 m/s of the ball toward the target, new ground only
     follow: float = 0.1  # per action at the kicking position, falling off over a metre; target task only
-    chase: float = 0.15  # per action at 1 m/s after a rolling ball that will not hit; target task only
     face_ball: float = 0.03  # per action, cosine
     alive: float = 0.05
     tilt: float = -0.2  # squared horizontal part of gravity in the body
@@ -207,18 +206,6 @@ def _follow(t: Transition) -> jax.Array:
     return jnp.where(t.after.task == c.TARGET, jnp.maximum(behind, will_hit), 0.0)
 
 
-def _chase(t: Transition) -> jax.Array:
-    """Target task: speed in m/s, clipped at 1.5 either way, of the robot toward a rolling ball that will not hit.
-
-    `follow` reaches a metre: from farther off, running after the ball must pay by itself, or it is never learnt.
-    """
-    path = target_path(t.readings, t.after)
-    to_ball = (t.readings.ball_center_pos_w - t.readings.imu_pos_w)[:2]
-    speed = jnp.dot(t.readings.robot_vel_w[:2], to_ball) / jnp.sqrt(jnp.sum(to_ball**2) + 1e-8)
-    wanted = _ball_rolls(t) & (t.after.task == c.TARGET)
-    return jnp.where(wanted, jnp.clip(speed, -1.5, 1.5) * (1.0 - path.hit * path.in_time), 0.0)
-
-
 def _face_ball(t: Transition) -> jax.Array:
     to_ball = (t.readings.ball_center_pos_w - t.readings.imu_pos_w)[:2]
     bearing = jnp.arctan2(to_ball[1], to_ball[0]) - yaw_rad(t.readings.imu_quat_wxyz, jnp)
@@ -268,7 +255,6 @@ TERMS = {
     "approach": _approach,
     "dribble": _dribble,
     "follow": _follow,
-    "chase": _chase,
     "face_ball": _face_ball,
     "alive": _alive,
     "tilt": _tilt,

@@ -88,23 +88,6 @@ def test_dribbling_pays_new_ground_of_the_ball_and_following_it_in_the_target_ta
     assert terms("goalie", 2.0, 1.99) == (0.0, 0.0)
 
 
-def test_chasing_pays_the_speed_toward_a_rolling_ball_that_will_not_hit(tasks):
-    def chase(task="target", robot_vel=(1.0, 0.0, 0.0), **readings):
-        t = _transition(tasks, task, **readings)  # two metres behind the ball, on the x axis
-        t = t._replace(readings=t.readings._replace(robot_vel_w=jnp.asarray(robot_vel)),
-                       after=t.after._replace(target_pos_w=jnp.array([4.0, 0.0, 0.0])))  # fmt: skip
-        return float(dense.dense_terms(t)["chase"])
-
-    aside = (0.0, 0.5, 0.0)
-    assert chase(ball_vel=aside) == pytest.approx(1.0, abs=1e-3)
-    assert chase(ball_vel=aside, robot_vel=(1.0, 1.0, 0.0)) == pytest.approx(1.0, abs=1e-3)  # only what is toward it
-    assert chase(ball_vel=aside, robot_vel=(-1.0, 0.0, 0.0)) == pytest.approx(-1.0, abs=1e-3)
-    assert chase(ball_vel=aside, robot_vel=(3.0, 0.0, 0.0)) == pytest.approx(1.5, abs=1e-3)
-    assert chase(ball_vel=(0.0, 0.2, 0.0)) == 0.0  # it lies still
-    assert chase(ball_vel=(2.0, 0.0, 0.0)) == pytest.approx(0.0, abs=1e-3)  # it will hit
-    assert chase("goalie", ball_vel=aside) == 0.0
-
-
 def test_least_distances_only_shrink(tasks):
     nearest = [episode._least(jnp.array(before), jnp.array(1.5)) for before in (-1.0, 2.0, 1.0)]
     assert [float(x) for x in nearest] == [1.5, 1.5, 1.0]
