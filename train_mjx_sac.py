@@ -105,7 +105,7 @@ class Config:
     log_every: int = 50_000  # steps
 
 
-_CPU = {"num_envs": 256, "total_steps": 20_000_000, "batch_size": 512, "updates_per_iteration": 8,
+_CPU = {"num_envs": 256, "total_steps": 10_000_000, "batch_size": 512, "updates_per_iteration": 8,
         "buffer_size": 1_000_000, "learning_starts": 20_000, "evaluation_every": 500_000}  # fmt: skip
 # Measured times and scores: docs/experiments.md. The GPU presets have not been measured yet.
 PRESETS: dict[str, dict[str, int]] = {
