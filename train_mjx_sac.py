@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -70,6 +71,7 @@ class Config:
     # is gigabytes, filled again in seconds. auto: saved with the native engine, refill with MJX.
     resume_buffer: Literal["auto", "saved", "refill"] = "auto"
     init: Path | None = None  # start from another run's pre-trained checkpoint (networks and normaliser)
+    teachers: tuple[Path, ...] = ()  # whom to imitate at first: a pre-trained checkpoint for each of the three tasks
     time_limit_s: float = 0.0  # stop cleanly after this much wall time; 0: no limit
 
     # --- learning: the reasons are in docs/experiments.md
@@ -89,6 +91,7 @@ class Config:
     target_entropy: tuple[float, float] = (-6.0, -14.0)  # half the number of joints, then a steady hand
     fall_share: tuple[float, float] = (0.1, 1.0)  # of the fall penalty: in full from the start, no step is dared
     initial_temperature: float = 0.01
+    imitation: tuple[float, float] = (1.0, 0.0)  # of the teachers in the actor's loss; the rest is the critics'
     mirror: bool = True  # mirror half of each batch
 
     # --- episodes
@@ -141,6 +144,10 @@ def resolve(config: Config) -> Config:
         raise UserError(f"--seed must lie in [0, 2^32), of which JAX keeps all bits; got {config.seed}")
     if not 0 <= config.ramp_steps[0] < config.ramp_steps[1]:
         raise UserError(f"--ramp-steps must be two steps, the first before the second, got {config.ramp_steps}")
+    if config.teachers and len(config.teachers) != c.NUM_TASKS:
+        raise UserError(
+            f"--teachers takes {c.NUM_TASKS} checkpoints ({', '.join(c.TASKS)}), got {len(config.teachers)}"
+        )
     if config.buffer_size < config.num_envs:
         raise UserError(f"--buffer-size {config.buffer_size} is less than one action of {config.num_envs} lanes")
     engine = config.engine
@@ -241,20 +248,6 @@ class Progress:
         return {name: np.array(value) for name, value in asdict(self).items()}
 
 
-def config_dict(config: Config) -> dict:
-    """The configuration as plain JSON values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-
-
-def write_checkpoint(path: Path, config: Config, parent: checkpoints.Checkpoint | None, state: SacState, steps: int,
-                     metrics: dict, golden_obs: np.ndarray, extra: dict | None = None) -> None:  # fmt: skip
-    """Write the policy (and, for resuming, all the rest) with golden pairs taken from real observations."""
-    golden_obs = np.resize(np.asarray(golden_obs, np.float32), (16, OBS_SIZE))  # fewer lanes repeat
-    actions = sac_networks.mean_action(state.policy, state.normalizer(jnp.asarray(golden_obs)))
-    checkpoints.save(path, "pretrained", sac.policy_arrays(state), golden_obs, np.asarray(actions, np.float32),
-                     config_dict(config), config.seed, steps, parent, metrics, extra or {}, overwrite=True)  # fmt: skip
-
-
 def beside(out: Path, suffix: str) -> Path:
     """`<out>.<suffix>`"""
     return out.with_name(f"{out.name}.{suffix}")
@@ -292,10 +285,14 @@ def check_start(config: Config) -> bool:
 class Run:
     """One training run: learner, lanes, buffer and counters, and their state on disk."""
 
-    def __init__(self, config: Config, parent: checkpoints.Checkpoint | None = None):
+    def __init__(self, config: Config, parent: checkpoints.Checkpoint | None = None,
+                 teachers: Sequence[checkpoints.Checkpoint] = ()):  # fmt: skip
         self.config = config
         self.parent = parent  # whose policy it starts from
-        tasks, learner = Tasks(), Sac(config)
+        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        self.settings["teachers"] = [{"stage": teacher.stage, "hash": teacher.hash} for teacher in teachers]
+        learner = Sac(config, sac.teachers_from([teacher.arrays for teacher in teachers]) if teachers else None)
+        tasks = Tasks()
         self.segments = Segments(beside(config.out, "replay"))
         self.state = learner.init(jax.random.key(config.seed))
         if parent is not None:
@@ -311,6 +308,14 @@ class Run:
         self.loop.close()
         self.evaluator.close()
 
+    def write(self, path: Path, metrics: dict, extra: dict | None = None) -> None:
+        """Write the policy (and, for resuming, all the rest) with golden pairs taken from real observations."""
+        golden_obs = np.resize(np.asarray(self.loop.obs, np.float32), (16, OBS_SIZE))  # fewer lanes repeat
+        actions = sac_networks.mean_action(self.state.policy, self.state.normalizer(jnp.asarray(golden_obs)))
+        checkpoints.save(path, "pretrained", sac.policy_arrays(self.state), golden_obs, np.asarray(actions, np.float32),
+                         self.settings, self.config.seed, self.progress.steps, self.parent, metrics, extra or {},
+                         overwrite=True)  # fmt: skip
+
     def save(self) -> None:
         """Write the state; the one before stays as it is until this one is whole, and as the previous one after."""
         path, started = beside(self.config.out, "resume"), time.monotonic()
@@ -321,8 +326,7 @@ class Run:
             tables.append(self.segments.write(self.loop.replay))
             lanes = self.loop.arrays() | {f"sum.{name}": np.asarray(v) for name, v in self.statistics.sums.items()}
             extra |= {"lanes": lanes | {"added": np.array(self.loop.replay.added)}, "replay": tables[0]}
-        write_checkpoint(path, self.config, self.parent, self.state, self.progress.steps,
-                         {"best_score": self.best_score}, self.loop.obs, extra)  # fmt: skip
+        self.write(path, {"best_score": self.best_score}, extra)
         with contextlib.suppress(UserError):  # there is none before, or none that can be read
             previous = checkpoints.load(checkpoints.places(path)[1], ("pretrained",), verify=False)
             tables.append(checkpoints.load_extra(previous, "replay"))
@@ -354,7 +358,7 @@ class Run:
             raise checkpoints.WrongRun(
                 f"{saved.path} was saved without its replay buffer: give --resume-buffer refill to fill a new one"
             )
-        resume.check_settings(saved, config_dict(config), _FREE)
+        resume.check_settings(saved, self.settings, _FREE)
         progress = checkpoints.load_extra(saved, "progress")
         resume.check_like(progress, self.progress.arrays(), f"{saved.path}: the saved progress")
         lanes = checkpoints.load_extra(saved, "lanes")
@@ -401,8 +405,7 @@ class Run:
         sys.stdout.flush()
         if result["eval/score"] > self.best_score:
             self.best_score = result["eval/score"]
-            metrics = result | {"best_score": self.best_score}
-            write_checkpoint(self.config.out, self.config, self.parent, self.state, steps, metrics, self.loop.obs)
+            self.write(self.config.out, result | {"best_score": self.best_score})
 
 
 # --- main ----------------------------------------------------------------------------------------------------
@@ -413,7 +416,8 @@ def main(config: Config) -> Path:
     config = resolve(config)
     goes_on = check_start(config)
     parent = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
-    with resume.StopSignal() as stop, contextlib.closing(Run(config, parent)) as run:
+    teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
+    with resume.StopSignal() as stop, contextlib.closing(Run(config, parent, teachers)) as run:
         if goes_on:
             run.restore()
             if run.progress.steps >= config.total_steps and run.progress.last_eval == run.progress.steps:

@@ -5,6 +5,7 @@ and objective (holosoma, arXiv 2512.01996), no entropy bonus in the target, and 
 augmentation. The critics see more than the policy (`preprocess/privileged.py`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -14,7 +15,7 @@ import optax
 
 from errors import UserError
 from models import sac_networks as nets
-from preprocess.observation import OBS_SIZE
+from preprocess.observation import OBS_SIZE, SLICES
 from preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
 from preprocess.symmetry import mirror_action
 
@@ -31,6 +32,7 @@ class Settings(Protocol):
     target_entropy: tuple[float, float]  # likewise
     initial_temperature: float
     mirror: bool  # mirror half of each batch
+    imitation: tuple[float, float]  # likewise; share of the teachers in the actor's loss, where there are any
 
 
 class Batch(NamedTuple):
@@ -58,11 +60,35 @@ class SacState(NamedTuple):
     key: jax.Array
 
 
-class Sac:
-    """Pure SAC functions for one configuration."""
+class Teachers(NamedTuple):
+    """Other runs' policies, one per task on a leading axis."""
 
-    def __init__(self, config: Settings):
+    actor: dict
+    mean: jax.Array  # (tasks, 87) of the observation
+    scale: jax.Array  # (tasks, 87)
+
+    def __call__(self, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and clipped log_std, (B, 12) each, of the task's teacher for observations (B, 87) as they are."""
+
+        def of_one(actor, mean, scale):
+            return nets.actor_output(actor, (obs - mean) / scale)
+
+        outputs = jax.vmap(of_one)(self.actor, self.mean, self.scale)
+        one_hot = obs[:, SLICES["task_one_hot"]]
+        mean, log_std = (jnp.einsum("tbj,bt->bj", output, one_hot) for output in outputs)
+        return mean, jnp.clip(log_std, nets.LOG_STD_MIN, nets.LOG_STD_MAX)
+
+
+class Sac:
+    """Pure SAC functions for one configuration.
+
+    With teachers, the actor first imitates and then follows the critics (kickstarting, Schmitt et al. 2018,
+    arXiv 1803.03835): they are asked in the states that the actor itself gets into.
+    """
+
+    def __init__(self, config: Settings, teachers: Teachers | None = None):
         self.config = config
+        self.teachers = teachers
 
         # A learning rate of one: `_apply` brings that of the moment.
         def adam() -> optax.GradientTransformation:
@@ -123,14 +149,22 @@ class Sac:
 
         def actor_loss(params):
             action, log_prob = nets.sample_action(params, obs, actor_key)
-            return (alpha * log_prob - nets.q_values(critic, critic_obs, action).mean(0)).mean(), log_prob.mean()
+            loss = (alpha * log_prob - nets.q_values(critic, critic_obs, action).mean(0)).mean()
+            metrics = {"actor_loss": loss, "entropy": -log_prob.mean()}
+            if self.teachers is not None:
+                share = between(config.imitation, ramp)
+                taught = self.teachers(batch.critic_obs[:, :OBS_SIZE])
+                divergence = gaussian_kl(taught, nets.actor_output(params, obs)).mean()
+                loss = (1.0 - share) * loss + share * divergence
+                metrics["teacher_kl"] = divergence
+            return loss, metrics
 
-        (actor_loss_value, log_prob), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
+        (_, metrics), grads = jax.value_and_grad(actor_loss, has_aux=True)(state.actor)
         updates, actor_opt = self.actor_opt.update(grads, state.actor_opt, state.actor)
         actor = _apply(state.actor, updates, learning_rate)
 
         # d/d(log alpha) of -alpha (log_prob + target entropy)
-        alpha_grad = -alpha * (log_prob + target_entropy)
+        alpha_grad = -alpha * (target_entropy - metrics["entropy"])
         updates, alpha_opt = self.alpha_opt.update(alpha_grad, state.alpha_opt)
         state = SacState(
             actor=actor,
@@ -144,13 +178,7 @@ class Sac:
             normalizer=state.normalizer,
             key=key,
         )
-        return state, {
-            "critic_loss": critic_loss_value,
-            "actor_loss": actor_loss_value,
-            "q": q_mean,
-            "entropy": -log_prob,
-            "alpha": alpha,
-        }
+        return state, metrics | {"critic_loss": critic_loss_value, "q": q_mean, "alpha": alpha}
 
     def update_many(self, state: SacState, batches: Batch, ramp: jax.Array) -> tuple[SacState, dict[str, jax.Array]]:
         """Gradient steps over batches (K, B, ...); metrics are means over K."""
@@ -160,6 +188,13 @@ class Sac:
     def act(self, state: SacState, obs: jax.Array, key: jax.Array) -> jax.Array:
         """Exploring actions (B, 12) for observations (B, 87)."""
         return nets.sample_action(state.actor, state.normalizer(obs), key)[0]
+
+
+def gaussian_kl(p: tuple[jax.Array, jax.Array], q: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """KL(p || q) of diagonal Gaussians given by mean and log_std (..., n) each; (...,). q's log_std is not clipped."""
+    (p_mean, p_log_std), (q_mean, q_log_std) = p, q
+    ratio = jnp.exp(2.0 * (p_log_std - q_log_std)) + ((p_mean - q_mean) / jnp.exp(q_log_std)) ** 2
+    return (q_log_std - p_log_std + 0.5 * (ratio - 1.0)).sum(-1)
 
 
 def between(first_and_last: tuple[float, float], ramp: jax.Array) -> jax.Array:
@@ -184,6 +219,13 @@ def policy_arrays(state: SacState) -> dict[str, np.ndarray]:
     arrays |= {"normalizer.mean": state.normalizer.mean, "normalizer.std": state.normalizer.scale,
                "log_alpha": state.log_alpha}  # fmt: skip
     return {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+
+
+def teachers_from(arrays: Sequence[dict[str, np.ndarray]]) -> Teachers:
+    """The policies of "pretrained" checkpoints, in the order of the tasks."""
+    actors = [nets.unflatten("actor", one) for one in arrays]
+    mean, scale = (jnp.stack([one[f"normalizer.{name}"] for one in arrays]) for name in ("mean", "std"))
+    return Teachers(jax.tree.map(lambda *leaves: jnp.stack(leaves), *actors), mean, scale)
 
 
 def warm_start(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:

@@ -1,5 +1,7 @@
 """The learner on problems with known answers, checkpoint round trips, and the script on both engines."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from envs.tasks import Tasks
 from errors import UserError
 from models import sac_networks as nets
 from models.numpy_policy import policy_from_arrays
-from models.sac import Batch, Sac, policy_arrays
+from models.sac import Batch, Sac, gaussian_kl, policy_arrays, teachers_from
 from preprocess.observation import OBS_SIZE, SLICES
 from preprocess.privileged import CRITIC_OBS_SIZE
 
@@ -98,6 +100,81 @@ def test_the_policy_is_a_running_average_of_the_actor_and_is_what_a_checkpoint_h
     np.testing.assert_array_equal(policy_arrays(after)["actor.output.kernel"], kernels[2])
 
 
+def test_kl_of_gaussians_by_hand():
+    """One joint: equal 0; a mean one (student's) sigma off 1/2; twice the teacher's sigma ln 2 - 3/8; joints add up."""
+    mean, log_std = jnp.zeros((4, 2)), jnp.zeros((4, 2))
+    student_mean = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 2.0]])
+    student_log_std = jnp.array([[0.0, 0.0], [0.0, 0.0], [jnp.log(2.0), 0.0], [0.0, 0.0]])
+    divergence = gaussian_kl((mean, log_std), (student_mean, student_log_std))
+    np.testing.assert_allclose(divergence, [0.0, 0.5, np.log(2) - 0.375, 0.5 + 2.0], atol=1e-6)
+
+
+def _teachers(means: tuple[float, ...]) -> dict:
+    """A policy for each task that always does the same, whatever it sees; with normalisers of their own."""
+    arrays = []
+    for index, mean in enumerate(means):
+        actor = jax.tree.map(jnp.zeros_like, nets.init_actor(jax.random.key(index), OBS_SIZE))
+        raw = np.full(c.NUM_JOINTS, np.arctanh(mean))
+        actor["output"]["bias"] = jnp.asarray(np.concatenate([raw, np.full(c.NUM_JOINTS, -2.0)]), jnp.float32)
+        normalizer = {"normalizer.mean": np.full(OBS_SIZE, 0.1 * index), "normalizer.std": np.full(OBS_SIZE, 2.0)}
+        arrays.append(nets.flatten("actor", actor) | {k: v.astype(np.float32) for k, v in normalizer.items()})
+    return teachers_from(arrays)
+
+
+def test_each_task_has_its_own_teacher_who_sees_what_it_is_used_to():
+    params = [nets.init_actor(jax.random.key(i), OBS_SIZE) for i in range(3)]
+    rng = np.random.default_rng(0)
+    mean, std = rng.normal(size=(3, OBS_SIZE)), rng.uniform(0.5, 2.0, (3, OBS_SIZE))
+    arrays = [nets.flatten("actor", p) | {"normalizer.mean": m.astype(np.float32), "normalizer.std": s.astype(np.float32)}
+              for p, m, s in zip(params, mean, std)]  # fmt: skip
+    obs = rng.normal(size=(5, OBS_SIZE)).astype(np.float32)
+    task = np.array([2, 0, 1, 1, 2])
+    obs[:, SLICES["task_one_hot"]] = np.eye(3)[task]
+    got, log_std = teachers_from(arrays)(jnp.asarray(obs))
+    for row, index in enumerate(task):
+        expected, raw_log_std = nets.actor_output(params[index], (obs[row] - mean[index]) / std[index])
+        np.testing.assert_allclose(got[row], expected, atol=1e-6)
+        np.testing.assert_allclose(log_std[row], np.clip(raw_log_std, -5.0, 0.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("ramp, expected", [(0.0, (-0.6, -0.3, 0.2)), (1.0, (0.5, 0.5, 0.5))])
+def test_the_actor_first_does_as_its_teachers_and_then_as_the_critics_say(tmp_path, ramp, expected):
+    """The bandit whose best action is 0.5, in three tasks whose teachers do something else."""
+    config = _config(tmp_path, learning_rate=(1e-3, 1e-3), mirror=False, imitation=(1.0, 0.0))
+    sac = Sac(config, _teachers((-0.6, -0.3, 0.2)))
+    state = sac.init(jax.random.key(0))
+    update = jax.jit(sac.update_many)
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
+        obs = np.zeros((10, 128, CRITIC_OBS_SIZE), np.float32)
+        obs[..., SLICES["task_one_hot"]] = np.eye(3)[rng.integers(0, 3, (10, 128))]
+        reward = -((action - 0.5) ** 2).sum(-1)
+        state, metrics = update(state, Batch(obs, action, reward, obs, np.ones_like(reward)), ramp)
+    for task, wanted in enumerate(expected):
+        obs = jnp.zeros(OBS_SIZE).at[SLICES["task_one_hot"].start + task].set(1.0)
+        np.testing.assert_allclose(nets.mean_action(state.actor, state.normalizer(obs)), wanted, atol=0.2)
+    assert (float(metrics["teacher_kl"]) < 0.2) == (ramp == 0.0)
+
+
+def test_a_run_with_teachers_names_them_and_goes_on_only_with_the_same(tmp_path):
+    small = dict(engine="native", total_steps=240)
+    first = checkpoints.load(train.main(_config(tmp_path, **small)))
+    other = checkpoints.load(train.main(_config(tmp_path, out=tmp_path / "other", seed=1, **small)))
+    changes = small | dict(out=tmp_path / "taught", teachers=(first.path, first.path, other.path))
+    taught = checkpoints.load(train.main(_config(tmp_path, **changes)))
+    assert [teacher["hash"] for teacher in taught.manifest["config"]["teachers"]] == [
+        first.hash,
+        first.hash,
+        other.hash,
+    ]
+    changes["total_steps"] = 320
+    with pytest.raises(UserError, match="was run with teachers"):
+        train.main(_config(tmp_path, **changes | dict(teachers=(first.path,) * 3, resume=True)))
+    train.main(_config(tmp_path, **changes | dict(resume=True)))
+    assert checkpoints.load_latest(tmp_path / "taught.resume").manifest["steps"] == 320
+
+
 def test_native_run_writes_a_loadable_checkpoint_and_resumes(tmp_path):
     config = _config(tmp_path, engine="native", dr_level=3)
     path = train.main(config)
@@ -170,7 +247,7 @@ def test_mjx_run_on_cpu(tmp_path):
 
 @pytest.mark.parametrize("bad, words", [({"preset": "huge"}, "huge"), ({"dr_level": 7}, "dr-level 7"), ({"num_envs": 0}, "num-envs"),
                                          ({"seed": -1}, "seed"), ({"buffer_size": 4}, "buffer-size"),
-                                         ({"ramp_steps": (9, 9)}, "ramp-steps")])  # fmt: skip
+                                         ({"ramp_steps": (9, 9)}, "ramp-steps"), ({"teachers": (Path("a"),)}, "takes 3")])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, bad, words):
     with pytest.raises(UserError, match=words):
         train.main(_config(tmp_path, **bad))
@@ -187,3 +264,10 @@ def test_foreign_output_directory_is_refused(tmp_path):
 def test_presets_fill_only_what_was_not_given(tmp_path):
     config = train.resolve(train.Config(out=tmp_path, preset="l4", num_envs=64))
     assert config.num_envs == 64 and config.batch_size == train.PRESETS["l4"]["batch_size"]
+
+
+@pytest.mark.parametrize("preset", ["cpu", "l4", "h200"])
+def test_the_ramp_takes_the_last_six_tenths_of_a_run(tmp_path, preset):
+    config = train.resolve(train.Config(out=tmp_path, preset=preset))
+    assert config.ramp_steps == (0.4 * config.total_steps, config.total_steps)
+    assert config.updates_per_iteration * config.batch_size / config.num_envs == 16  # samples per transition
