@@ -147,15 +147,16 @@ class Sac:
         updates, critic_opt = self.critic_opt.update(grads, state.critic_opt, state.critic)
         critic = _apply(state.critic, updates, learning_rate)
 
+        taught_share = 0.0 if self.teachers is None else between(config.imitation, ramp)
+
         def actor_loss(params):
             action, log_prob = nets.sample_action(params, obs, actor_key)
             loss = (alpha * log_prob - nets.q_values(critic, critic_obs, action).mean(0)).mean()
             metrics = {"actor_loss": loss, "entropy": -log_prob.mean()}
             if self.teachers is not None:
-                share = between(config.imitation, ramp)
                 taught = self.teachers(batch.critic_obs[:, :OBS_SIZE])
                 divergence = gaussian_kl(taught, nets.actor_output(params, obs)).mean()
-                loss = (1.0 - share) * loss + share * divergence
+                loss = (1.0 - taught_share) * loss + taught_share * divergence
                 metrics["teacher_kl"] = divergence
             return loss, metrics
 
@@ -171,7 +172,8 @@ class Sac:
             policy=_toward(state.policy, actor, config.policy_tau),
             critic=critic,
             target_critic=_toward(state.target_critic, critic, config.target_tau),
-            log_alpha=_apply(state.log_alpha, updates, learning_rate),
+            # Imitation decides the entropy where it decides the actor: the temperature waits.
+            log_alpha=_apply(state.log_alpha, updates, (1.0 - taught_share) * learning_rate),
             actor_opt=actor_opt,
             critic_opt=critic_opt,
             alpha_opt=alpha_opt,
