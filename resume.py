@@ -148,6 +148,17 @@ def cut_records(path: Path, steps: int) -> None:
             os.truncate(path, sum(map(len, lines[:keep])))
 
 
+def last_recorded(path: Path, name: str) -> float:
+    """The newest number of that name in a file of JSON lines; 0 where there is none."""
+    with checkpoints.os_errors(f"read {path}", checkpoints.OTHER_PLACE), contextlib.suppress(FileNotFoundError):
+        for line in reversed(path.read_bytes().splitlines()):
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get(name), float):
+                    return record[name]
+    return 0.0
+
+
 def _is_at_most(line: bytes, steps: int) -> bool:
     with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by the kill
         return line.endswith(b"\n") and json.loads(line)["step"] <= steps

@@ -77,22 +77,22 @@ class Config:
     # --- learning: the reasons are in docs/experiments.md
     # None takes the preset's value, also for ramp_steps and evaluation_every below.
     batch_size: int | None = None
-    updates_per_iteration: int | None = None  # gradient steps per action of all lanes
-    buffer_size: int | None = None
+    updates_per_iteration: int | None = None  # gradient steps per action of all lanes: 16 samples per transition (g4)
+    buffer_size: int | None = None  # transitions: the last tenth of `cpu`, 1 GB
     learning_starts: int | None = None  # steps with the untrained policy before the first update
     # First to walk and shoot, then to aim: pairs go from the first to the last value between these two steps.
     ramp_steps: tuple[int, int] | None = None
     learning_rate: tuple[float, float] = (3e-4, 1e-4)
-    adam_b2: float = 0.95
+    adam_b2: float = 0.95  # this, the next and target_tau: as in the trial that this began with, not varied
     weight_decay: float = 1e-3
     discount: tuple[float, float] = (0.97, 0.99)  # later it pays to take one's time before a kick
-    target_tau: float = 0.01
-    policy_tau: float = 0.0003  # of the average that is evaluated and shipped: 3,300 gradient steps
+    target_tau: float = 0.01  # of the target critics
+    policy_tau: float = 0.0003  # of the average that is evaluated and shipped: 3,300 gradient steps, 0.1 M of `cpu`
     target_entropy: tuple[float, float] = (-6.0, -14.0)  # half the number of joints, then a steady hand
     fall_share: tuple[float, float] = (0.1, 1.0)  # of the fall penalty: in full from the start, no step is dared
-    initial_temperature: float = 0.01
+    initial_temperature: float = 0.01  # small, or noise drowns the first gait
     imitation: tuple[float, float] = (1.0, 0.0)  # of the teachers in the actor's loss; the rest is the critics'
-    mirror: bool = True  # mirror half of each batch
+    mirror: bool = True  # mirror half of each batch: the robot's legs are alike to 0.5 %
 
     # --- episodes
     first_task_share: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # before the ramp; starts.task_share after it
@@ -194,7 +194,10 @@ class Evaluator:
         self._advance = jax.jit(jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, c.EPISODE_ACTIONS)))
 
     def __call__(self, state: SacState, stop: resume.StopSignal) -> dict[str, float] | None:
-        """Mean official score, success, fall rate and length per task, always on the same starts; None if stopped."""
+        """Mean official score, success, fall rate and length per task, always on the same starts; None if stopped.
+
+        `eval/diverged` counts the lanes whose physics broke; their score is 0 and means nothing.
+        """
         task = np.arange(self.lanes) % c.NUM_TASKS
         qpos, qvel, task_state = self._reset(
             jax.random.split(jax.random.key(_EVALUATION_SEED), self.lanes), jnp.asarray(task)
@@ -203,7 +206,7 @@ class Evaluator:
         obs = self._observe(self.engine.view(), task_state)
         alive = np.ones(self.lanes, bool)
         score, length = np.zeros(self.lanes), np.zeros(self.lanes)
-        fallen, success = np.zeros(self.lanes, bool), np.zeros(self.lanes, bool)
+        fallen, success, diverged = (np.zeros(self.lanes, bool) for _ in range(3))
         for _ in range(c.EPISODE_ACTIONS):
             if stop.received:
                 return None
@@ -213,11 +216,12 @@ class Evaluator:
             obs, outcome = outcome.obs, jax.device_get(outcome)
             ends = alive & (outcome.terminated | outcome.truncated)
             score[ends], fallen[ends], success[ends] = outcome.score[ends], outcome.fallen[ends], outcome.success[ends]
+            diverged |= ends & outcome.diverged
             length += alive
             alive &= ~ends
             if not alive.any():
                 break
-        result = {}
+        result = {"eval/diverged": diverged.sum()}
         for index, name in enumerate(c.TASKS):
             mine = task == index
             result |= {f"eval/score_{name}": score[mine].mean(), f"eval/success_{name}": success[mine].mean(),
@@ -401,9 +405,10 @@ class Run:
                 f" fall {result['eval/fall_rate_' + t]:.2f} {result['eval/actions_' + t]:.0f} actions"
                 for t in c.TASKS
             )
+            + (f" | diverged lanes {result['eval/diverged']:.0f}" if result["eval/diverged"] else "")
         )
         sys.stdout.flush()
-        if result["eval/score"] > self.best_score:
+        if result["eval/score"] > self.best_score and not result["eval/diverged"]:
             self.best_score = result["eval/score"]
             self.write(self.config.out, result | {"best_score": self.best_score})
 
@@ -440,6 +445,7 @@ def train(run: Run, stop: resume.StopSignal) -> None:
     config, progress = run.config, run.progress
     started = last_save_s = time.monotonic()
     first_step = progress.steps
+    before_s = resume.last_recorded(beside(config.out, "metrics.jsonl"), "wall_s")  # of the run, before this start
     learned: dict[str, jax.Array] = {}
     bar = tqdm(total=config.total_steps, initial=first_step, unit="step", unit_scale=True, mininterval=5,
                disable=not sys.stderr.isatty())  # fmt: skip
@@ -456,16 +462,17 @@ def train(run: Run, stop: resume.StopSignal) -> None:
                 progress.steps - progress.last_save >= config.checkpoint_every
                 and time.monotonic() - last_save_s >= config.checkpoint_interval_s
             )
-            if (log_due or save_due) and not np.isfinite(float(learned.get("critic_loss", 0.0))):
+            eval_due = progress.steps - progress.last_eval >= config.evaluation_every or finished
+            if (log_due or eval_due or save_due) and not np.isfinite(float(learned.get("critic_loss", 0.0))):
                 raise UserError(
                     f"training diverged before step {progress.steps:,}: the critic loss is not finite; what "
                     f"{config.out} and {beside(config.out, 'resume')} hold is older and good: go on from there with "
                     "--init and another --seed or a lower learning rate"
                 )
             if log_due and progress.steps > progress.last_log:
-                run.log(learned, elapsed_s, (progress.steps - first_step) / max(elapsed_s, 1e-9))
-            if progress.steps - progress.last_eval >= config.evaluation_every or finished:
-                run.evaluate(stop, time.monotonic() - started)
+                run.log(learned, before_s + elapsed_s, (progress.steps - first_step) / max(elapsed_s, 1e-9))
+            if eval_due:
+                run.evaluate(stop, before_s + time.monotonic() - started)
             if save_due or stop.received:
                 run.save()
                 last_save_s = time.monotonic()

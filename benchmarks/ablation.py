@@ -5,7 +5,7 @@
 Each run is a pre-training from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is not run
 again, so the same command goes on. Output: a table of each arm's last evaluations (our scene, nominal physics,
 official starts with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform does, where the
-arm changed no code. Nothing else may use the machine: the arms share wall time, not steps.
+arm changed no code. Nothing else may use the run's cores: the arms share wall time, not steps.
 """
 
 import multiprocessing
@@ -110,7 +110,7 @@ def metrics_of(arm: str, seed: int, config: Config) -> Path:
 
 
 def is_finished(arm: str, seed: int, config: Config) -> bool:
-    """Whether the run is there; raises `UserError` if it was cut short."""
+    """Whether the run is there; raises `UserError` if it was cut short or diverged."""
     file = metrics_of(arm, seed, config)
     if not file.exists():
         return False
@@ -147,16 +147,23 @@ def main(config: Config) -> None:
         raise UserError(f"--minutes must be positive, got {config.minutes}")
     config.out.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
+    failed = []  # an arm may diverge; the others are measured all the same
     for seed in config.seeds:
         for arm in config.arms:
-            if is_finished(arm, seed, config):
+            try:
+                if is_finished(arm, seed, config):
+                    continue
+            except UserError as error:
+                failed.append(str(error))
                 continue
             process = spawn.Process(target=run_arm, args=(arm, seed, config))
             process.start()
             process.join()
             if process.exitcode:
-                raise UserError(f"{arm}-{seed} ended with status {process.exitcode}: its message is above")
+                failed.append(f"{arm}-{seed} ended with status {process.exitcode}: its message is above")
     print_table(config)
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Wall time and steps from nothing to a mean score of -0.80 (stays up), 0 and +4.0, with a fixed recipe.
+"""Wall time and steps from nothing to a mean score of -0.80 (what standing brings), 0 and +4.0, with a fixed recipe.
 
     python benchmarks/learning.py --out runs/learning/seed0 [--preset cpu] [--seed 0]
     python benchmarks/learning.py --metrics runs/cpu/pretrain.metrics.jsonl [MORE ...] [--plot FILE.png]
@@ -77,7 +77,12 @@ def train(config: Config) -> Path:
             time.sleep(_POLL_S)
             if metrics.exists() and first_reached(read_evaluations(metrics), SCORES[-1]):
                 process.terminate()
-                process.wait(_STOP_WITHIN_S)
+                try:
+                    process.wait(_STOP_WITHIN_S)
+                except subprocess.TimeoutExpired:
+                    raise UserError(
+                        f"train_mjx_sac.py did not stop within {_STOP_WITHIN_S} s; {metrics} is whole"
+                    ) from None
                 return metrics
     finally:
         if process.poll() is None:

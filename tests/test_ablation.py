@@ -8,7 +8,10 @@ import pytest
 import train_mjx_sac
 from benchmarks import ablation
 from envs import constants as c
+from envs import episode
 from errors import UserError
+from models.sac_networks import GAIN, Normalizer
+from preprocess import observation
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
@@ -23,6 +26,38 @@ def test_action_scale_arm_scales_the_targets(monkeypatch):
     before = joint_target_rad(np.ones(c.NUM_JOINTS)) - c.DEFAULT_POSE_RAD
     ablation.ARMS["action-scale-half"][0]()
     np.testing.assert_allclose(joint_target_rad(np.ones(c.NUM_JOINTS)) - c.DEFAULT_POSE_RAD, before / 2)
+
+
+def test_world_axes_arm_takes_the_yaw_out_of_the_observation(monkeypatch):
+    """A robot that looks along y: a ball at +y is ahead of it in the heading frame, beside it in world axes."""
+    for module in (observation, episode):
+        monkeypatch.setattr(module, "heading_cos_sin", observation.heading_cos_sin)
+    quat_wxyz, ball_w = np.array([np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)]), np.array([0.0, 2.0, 0.1])
+
+    def heading(vector_w):
+        return observation.to_heading(vector_w, *observation.heading_cos_sin(quat_wxyz, np), np)
+
+    np.testing.assert_allclose(heading(ball_w), [2.0, 0.0, 0.1], atol=1e-9)
+    ablation.ARMS["world-axes"][0]()
+    np.testing.assert_allclose(heading(ball_w), ball_w, atol=1e-9)
+    assert episode.heading_cos_sin is observation.heading_cos_sin
+
+
+def test_no_normalizer_arm_leaves_but_the_gains(monkeypatch):
+    monkeypatch.setattr(Normalizer, "update", Normalizer.update)
+    ablation.ARMS["no-normalizer"][0]()
+    obs = np.random.default_rng(0).normal(3.0, 2.0, (1000, GAIN.size)).astype(np.float32)
+    np.testing.assert_allclose(Normalizer.create(GAIN.size).update(obs)(obs), obs * GAIN, rtol=1e-5)
+
+
+def test_an_arm_that_fails_is_named_after_the_others(tmp_path, capsys):
+    config = ablation.Config(tmp_path, arms=("base", "dr-1"), seeds=(0,), minutes=10.0)
+    row = {"eval/score": 1.5, "step": 2e6, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
+    (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row | {"wall_s": 100.0}) + "\n")
+    (tmp_path / "dr-1-0.metrics.jsonl").write_text(json.dumps(row | {"eval/score": 2.5}) + "\n")
+    with pytest.raises(UserError, match="delete base-0"):
+        ablation.main(config)
+    assert "+2.50" in capsys.readouterr().out
 
 
 def test_finished_runs_are_kept_and_others_named(tmp_path, capsys):

@@ -223,6 +223,13 @@ def test_the_handler_before_comes_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_last_recorded_number_is_found_past_other_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert resume.last_recorded(path, "wall_s") == 0.0
+    path.write_text('{"step": 1, "wall_s": 40.5}\n{"step": 2, "wall_s": 80.5}\n{"step": 2, "checkpoint_s": 0.1}\n{"st')
+    assert resume.last_recorded(path, "wall_s") == 80.5
+
+
 # --- whole runs ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The learner on problems with known answers, checkpoint round trips, and the script on both engines."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import checkpoints
 import train_mjx_sac as train
-from collect import NativeLoop, Statistics
+from collect import MjxLoop, NativeLoop, Statistics
 from envs import constants as c
 from envs.tasks import Tasks
 from errors import UserError
@@ -155,6 +156,7 @@ def test_the_actor_first_does_as_its_teachers_and_then_as_the_critics_say(tmp_pa
         obs = jnp.zeros(OBS_SIZE).at[SLICES["task_one_hot"].start + task].set(1.0)
         np.testing.assert_allclose(nets.mean_action(state.actor, state.normalizer(obs)), wanted, atol=0.2)
     assert (float(metrics["teacher_kl"]) < 0.2) == (ramp == 0.0)
+    assert (float(state.log_alpha) == pytest.approx(np.log(config.initial_temperature))) == (ramp == 0.0)
 
 
 def test_a_run_with_teachers_names_them_and_goes_on_only_with_the_same(tmp_path):
@@ -236,6 +238,63 @@ def test_same_seed_same_result(tmp_path):
         arrays.append(checkpoints.load(path, verify=False).arrays)
     for key, value in arrays[0].items():
         np.testing.assert_array_equal(value, arrays[1][key], err_msg=key)
+
+
+def test_a_diverged_run_says_so_before_it_is_scored_and_keeps_what_is_good(tmp_path, monkeypatch):
+    """NaN rewards from the second half on: an evaluation that is due then does not see the broken policy."""
+    good = train.main(_config(tmp_path, engine="native", total_steps=240))
+    before = checkpoints.load(good).hash
+    iterate = NativeLoop.iterate
+
+    def broken(self, state, learn, statistics):
+        state, metrics = iterate(self, state, learn, statistics)
+        return state, {name: value * np.nan for name, value in metrics.items()}
+
+    def evaluated(*_):
+        raise AssertionError("a diverged policy was evaluated")
+
+    monkeypatch.setattr(NativeLoop, "iterate", broken)
+    monkeypatch.setattr(train.Evaluator, "__call__", evaluated)
+    changes = dict(engine="native", total_steps=320, evaluation_every=8, log_every=10**9, resume=True)
+    with pytest.raises(UserError, match="diverged before step 248"):
+        train.main(_config(tmp_path, **changes))
+    assert checkpoints.load(good).hash == before
+    assert checkpoints.load_latest(tmp_path / "pretrain.resume").manifest["steps"] == 240
+
+
+def test_a_policy_under_which_the_physics_breaks_is_not_the_best(tmp_path, monkeypatch):
+    """A broken lane's score is 0, more than standing brings; such an evaluation is recorded, its policy not kept."""
+    original = train.Evaluator.__init__
+
+    def init(self, config, tasks):
+        original(self, config, tasks)
+        step = self.engine.step
+
+        def breaking(target_rad):
+            step(target_rad)
+            self.engine.state[1, 12] = np.nan
+            self.engine.sensordata[1] = np.nan
+
+        self.engine.step = breaking
+
+    monkeypatch.setattr(train.Evaluator, "__init__", init)
+    train.main(_config(tmp_path, engine="native", total_steps=240))
+    records = [json.loads(line) for line in (tmp_path / "pretrain.metrics.jsonl").read_text().splitlines()]
+    assert [row["eval/diverged"] for row in records if "eval/score" in row] == [1.0]
+    assert not (tmp_path / "pretrain").exists()
+    checkpoints.load_latest(tmp_path / "pretrain.resume")
+
+
+def test_mjx_resets_a_broken_lane_and_counts_it(tmp_path):
+    config = train.resolve(_config(tmp_path, engine="mjx", num_envs=2, buffer_size=64))
+    sac = Sac(config)
+    loop, statistics, state = MjxLoop(config, sac, Tasks()), Statistics(), sac.init(jax.random.key(0))
+    data = loop.loop.data
+    loop.loop = loop.loop._replace(data=data.replace(qvel=data.qvel.at[1, 3].set(jnp.nan)))
+    loop.iterate(state, False, statistics)
+    assert statistics.take()["diverged"] == 1
+    assert np.isfinite(loop.obs).all() and np.isfinite(loop.loop.data.qpos).all()
+    assert all(np.isfinite(rows).all() for rows in loop.loop.buffer)
 
 
 def test_mjx_run_on_cpu(tmp_path):
