@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/ruff check .
 
 scene: setup
-	$(BIN)/python -m assets.make_scene
+	$(BIN)/python -m booster_soccer.envs.make_scene
 
 score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --only goalie:0

@@ -30,11 +30,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import checkpoints
-import errors
-import resume
-from envs import constants as c
-from errors import UserError
+from booster_soccer import errors
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.store import checkpoints, resume
 
 SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores

@@ -4,7 +4,7 @@
 
 Input: a "pretrained" checkpoint. Output: a "converted" one with `actor.{input,hidden,output}.{weight,bias}`
 (12 outputs: the means) and `critic.{0,1}.*`, `target_critic.{0,1}.*`, all named like the state dicts of
-`models/torch_networks.py`. The spread log_std of the SAC policy is checked before it is dropped: a
+`booster_soccer/agents/torch_networks.py`. The spread log_std of the SAC policy is checked before it is dropped: a
 deterministic policy needs none, but one far out of range means that the means were trained badly.
 
 Gate 2 is part of it: JAX and PyTorch compute actions and values of the golden observations, of real ones
@@ -20,14 +20,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import checkpoints
-import errors
-from envs import constants as c
-from errors import UserError
-from models.numpy_policy import LAYERS, policy_from_arrays
-from models.torch_networks import HIDDEN, Actor, Critic
-from preprocess.observation import OBS_SIZE
-from preprocess.privileged import CRITIC_OBS_SIZE, PRIVILEGED_SIZE
+from booster_soccer import errors
+from booster_soccer.agents.policy import LAYERS, policy_from_arrays
+from booster_soccer.agents.torch_networks import HIDDEN, Actor, Critic
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, PRIVILEGED_SIZE
+from booster_soccer.store import checkpoints
 
 NUM_CRITICS = 2
 MAX_ACTION_DIFFERENCE = checkpoints.GOLDEN_TOLERANCE
@@ -164,7 +164,7 @@ def compare(
     """
     import jax  # only this comparison needs it: PyTorch stages do not
 
-    from models import sac_networks
+    from booster_soccer.agents import sac_networks
 
     with jax.default_matmul_precision("highest"):
         normalized = (obs - arrays["normalizer.mean"]) / arrays["normalizer.std"]
@@ -199,7 +199,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     """Golden, real and drawn observations, each (N, 87) float32."""
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
-        from envs.lanes import real_observations
+        from booster_soccer.rollout.lanes import real_observations
 
         policy = policy_from_arrays(checkpoint.arrays)
         groups["real"] = real_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)

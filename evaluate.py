@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-import checkpoints
-import errors
-from envs import constants as c
-from envs import official
-from envs.official import Episode, EpisodeResult, Policy
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from tracking.score_report import BALL_ROWS, PLOT_SUFFIXES, plot, print_result, worst_episodes
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official
+from booster_soccer.envs.official import Episode, EpisodeResult, Policy
+from booster_soccer.errors import UserError
+from booster_soccer.store import checkpoints
+from booster_soccer.tracking.score_report import BALL_ROWS, PLOT_SUFFIXES, plot, print_result, worst_episodes
 
 CONFIDENCE_INTERVAL = "95 %, percentile bootstrap of the mean, 2000 resamples"
 _RESAMPLES = 2000
@@ -121,9 +121,9 @@ def _is_one_episode(task: str, start_noise_rad: float) -> bool:
 
 def player(name: str) -> Callable[..., list[EpisodeResult]]:
     """The `run_episodes` of `envs/<name>.py`."""
-    if importlib.util.find_spec(f"envs.{name}") is None:
+    if importlib.util.find_spec(f"booster_soccer.envs.{name}") is None:
         raise UserError(f"there is no backend '{name}' (envs/{name}.py is missing): use --backend official")
-    return importlib.import_module(f"envs.{name}").run_episodes
+    return importlib.import_module(f"booster_soccer.envs.{name}").run_episodes
 
 
 def _summary(results: list[EpisodeResult]) -> dict:

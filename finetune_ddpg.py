@@ -41,20 +41,20 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import checkpoints
-import errors
-import resume
+from booster_soccer import errors
+from booster_soccer.agents.policy import LAYERS, policy_from_arrays
+from booster_soccer.agents.torch_networks import Actor, Critic
+from booster_soccer.arrays import check_like, restore_rng, rng_array
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.symmetry import mirror_action, mirror_observation
+from booster_soccer.rewards.annealing import anneal
+from booster_soccer.rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
+from booster_soccer.rollout.lanes import BACKENDS, Lanes, LaneStep, check_num_lanes, episode_seed
+from booster_soccer.store import checkpoints, resume
+from booster_soccer.store.replay import Replay, Segments
 from convert_jax2torch import check_new, critics_from_arrays, fold_normalizer, load_module
-from envs import constants as c
-from envs.lanes import BACKENDS, Lanes, LaneStep, check_num_lanes, episode_seed
-from errors import UserError
-from models.numpy_policy import LAYERS, policy_from_arrays
-from models.torch_networks import Actor, Critic
-from preprocess.observation import OBS_SIZE
-from preprocess.symmetry import mirror_action, mirror_observation
-from replay import Replay, Segments
-from rewards.annealing import anneal
-from rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -546,7 +546,7 @@ class Run:
 
     def _progress(self) -> dict[str, np.ndarray]:
         counters = {name: np.array(getattr(self, name)) for name in _COUNTERS}
-        return counters | {"added": np.array(self.replay.added), "rng": resume.rng_array(self.rng)}
+        return counters | {"added": np.array(self.replay.added), "rng": rng_array(self.rng)}
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
         """Take up the run where `save` left it."""
@@ -554,16 +554,16 @@ class Run:
                   for name in ("kept", "learner", "lanes", "progress", "statistics", "replay")}  # fmt: skip
         kept, learner, lanes, progress = (tables[name] for name in ("kept", "learner", "lanes", "progress"))
         what = f"{checkpoint.path}: the saved state"
-        resume.check_like(progress, self._progress(), what)
+        check_like(progress, self._progress(), what)
         state = self.lanes.state() | {"obs": np.zeros((len(self.lanes.task), OBS_SIZE), np.float32)}
-        resume.check_like(lanes, state | {"previous_action": self.previous_action}, what)
+        check_like(lanes, state | {"previous_action": self.previous_action}, what)
 
         def named(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
 
         def scores(prefix: str) -> Scores:
             table = np.zeros((c.NUM_TASKS, self.config.validation_episodes))
-            resume.check_like(named(prefix), dict.fromkeys(Scores._fields, table), what)
+            check_like(named(prefix), dict.fromkeys(Scores._fields, table), what)
             return Scores(**named(prefix))
 
         lengths = lanes["lane_length"]
@@ -586,7 +586,7 @@ class Run:
             self.learner.restore_optimizers(learner)
         for name in _COUNTERS:
             setattr(self, name, int(progress[name]))
-        resume.restore_rng(self.rng, progress["rng"])
+        restore_rng(self.rng, progress["rng"])
         self.history = checkpoint.manifest["metrics"]["history"]
         self.statistics = Statistics(tables["statistics"])
         self.previous_action = lanes["previous_action"]

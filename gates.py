@@ -33,17 +33,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import checkpoints
-import errors
-from checkpoints import Checkpoint
-from envs import constants as c
-from envs import official, pd, scene
-from envs.official import Episode, EpisodeResult, Policy, TaskIndex
-from errors import UserError
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd, scene
+from booster_soccer.envs.official import Episode, EpisodeResult, Policy, TaskIndex
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.store import checkpoints
+from booster_soccer.store.checkpoints import Checkpoint
 from evaluate import evaluate, mean_interval, player, reserve, write_json
-from models.numpy_policy import policy_from_arrays
-from preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
-from preprocess.submission import Preprocessor
 
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
@@ -426,7 +426,7 @@ def _side(values: np.ndarray) -> dict[str, Any]:
 
 def behaviour_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
     """Play the pre-trained policy in the pre-training scene, the converted one officially; compare."""
-    from envs import pretraining
+    from booster_soccer.rollout import pretraining
 
     seeds = [official.match_seed(config.seed, i) for i in range(config.behaviour_episodes)]
     episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]

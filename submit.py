@@ -42,16 +42,16 @@ import numpy as np
 import torch
 import tyro
 
-import checkpoints
-import errors
-from envs import constants as c
-from errors import UserError
-from models.numpy_policy import LAYERS, policy_from_arrays
-from models.submission_model import scripted
-from models.torch_networks import Actor
-from preprocess.observation import LAYOUT_HASH
-from preprocess.submission import Preprocessor
-from rewards.official import WEIGHTS
+from booster_soccer import errors
+from booster_soccer.agents.policy import LAYERS, policy_from_arrays
+from booster_soccer.agents.submission_model import scripted
+from booster_soccer.agents.torch_networks import Actor
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import LAYOUT_HASH
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rewards.official import WEIGHTS
+from booster_soccer.store import checkpoints
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
@@ -222,7 +222,7 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
             raise UserError(
                 f"task '{task}': the submitted model's torque differs from our own control's by "
                 f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: "
-                "models/submission_model.py and envs/pd.py disagree, so neither can be trusted; report this"
+                "booster_soccer/agents/submission_model.py and booster_soccer/envs/pd.py disagree, so neither can be trusted; report this"
             )
     if config.hold:
         _add_evaluation(tasks, policy, official)
@@ -369,7 +369,7 @@ def _import_sdk() -> SimpleNamespace:
 def _import_official():
     """`envs.official`, whose import of mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
     try:
-        from envs import official
+        from booster_soccer.envs import official
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"cannot import the official environments with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: "

@@ -11,7 +11,7 @@ A run that was killed and is started again with `--resume` goes on where its las
 ends with the very bits of a run that was never killed. SIGTERM: the state is saved, and the process ends
 within 10 s with status 143. A diverged run ends with status 2; the last good state stays.
 
-The learner is in `models/sac.py`, the loops that collect in `collect.py`. One step is one policy action
+The learner is in `booster_soccer/agents/sac.py`, the loops that collect in `booster_soccer/rollout/collect.py`. One step is one policy action
 (50 Hz) in one lane.
 """
 
@@ -36,23 +36,23 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import checkpoints
-import errors
-import resume
-from collect import ROW_SHAPES, MjxLoop, NativeLoop, Statistics, named
-from envs import constants as c
-from envs.cores import usable_cores
-from envs.episode import advance
-from envs.native_engine import NativeEngine
-from envs.pd import joint_target_rad
-from envs.randomization import level
-from envs.tasks import StartMix, Tasks
-from errors import UserError
-from models import sac, sac_networks
-from models.sac import Sac, SacState
-from preprocess.observation import OBS_SIZE
-from replay import Replay, Segments
-from rewards.dense import DenseWeights
+from booster_soccer import errors
+from booster_soccer.agents import sac, sac_networks
+from booster_soccer.agents.sac import Sac, SacState
+from booster_soccer.arrays import check_like
+from booster_soccer.envs import constants as c
+from booster_soccer.envs.cores import usable_cores
+from booster_soccer.envs.native_engine import NativeEngine
+from booster_soccer.envs.pd import joint_target_rad
+from booster_soccer.envs.randomization import level
+from booster_soccer.envs.tasks import StartMix, Tasks
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.rewards.dense import DenseWeights
+from booster_soccer.rollout.collect import ROW_SHAPES, MjxLoop, NativeLoop, Statistics, named
+from booster_soccer.rollout.episode import advance
+from booster_soccer.store import checkpoints, resume
+from booster_soccer.store.replay import Replay, Segments
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,7 @@ class Run:
             )
         resume.check_settings(saved, self.settings, _FREE)
         progress = checkpoints.load_extra(saved, "progress")
-        resume.check_like(progress, self.progress.arrays(), f"{saved.path}: the saved progress")
+        check_like(progress, self.progress.arrays(), f"{saved.path}: the saved progress")
         lanes = checkpoints.load_extra(saved, "lanes")
         added, sums = lanes.pop("added", None), named(lanes, "sum.")
         if added is None or added.shape or any(value.shape for value in sums.values()):

@@ -22,10 +22,10 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import errors  # noqa: E402
 from benchmarks.learning import read_evaluations  # noqa: E402
-from envs import constants as c  # noqa: E402
-from errors import UserError  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError  # noqa: E402
 
 _LAST = 3  # evaluations that are averaged
 _EVALUATION_EVERY = 200_000
@@ -33,8 +33,8 @@ _EVALUATION_EVERY = 200_000
 
 def _world_axes() -> None:
     """The official layout's fault: positions along world axes, while the robot's heading stays unknown."""
-    from envs import episode
-    from preprocess import observation
+    from booster_soccer.preprocess import observation
+    from booster_soccer.rollout import episode
 
     def unturned(quat_wxyz, xp):
         return xp.ones_like(quat_wxyz[..., 0]), xp.zeros_like(quat_wxyz[..., 0])
@@ -44,7 +44,7 @@ def _world_axes() -> None:
 
 def _no_normalizer() -> None:
     """Observations as they are, but for the gains."""
-    from models.sac_networks import Normalizer
+    from booster_soccer.agents.sac_networks import Normalizer
 
     Normalizer.update = lambda self, obs: self
 

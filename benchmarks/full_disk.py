@@ -19,9 +19,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoints  # noqa: E402
-import errors  # noqa: E402
 from benchmarks.kill_resume import differences, run_to_end, saved_state, start  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.store import checkpoints  # noqa: E402
 
 _STATES_THAT_FIT = 2.5  # two are kept, a third is written beside them
 _ROOM_BYTES = 256 << 20

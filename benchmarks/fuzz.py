@@ -35,22 +35,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 import chain  # noqa: E402
-import checkpoints  # noqa: E402
 import convert_jax2torch  # noqa: E402
-import errors  # noqa: E402
 import evaluate  # noqa: E402
 import finetune_ddpg  # noqa: E402
 import gates  # noqa: E402
-import resume  # noqa: E402
 import submit  # noqa: E402
 import train_mjx_sac  # noqa: E402
-from envs import constants as c  # noqa: E402
-from errors import UserError  # noqa: E402
-from models.numpy_policy import policy_from_arrays  # noqa: E402
-from models.submission_model import scripted  # noqa: E402
-from preprocess.observation import OBS_SIZE, observe  # noqa: E402
-from preprocess.submission import Preprocessor  # noqa: E402
-from replay import Replay, Segments  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.agents.policy import policy_from_arrays  # noqa: E402
+from booster_soccer.agents.submission_model import scripted  # noqa: E402
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError  # noqa: E402
+from booster_soccer.preprocess.observation import OBS_SIZE, observe  # noqa: E402
+from booster_soccer.preprocess.submission import Preprocessor  # noqa: E402
+from booster_soccer.store import (
+    checkpoints,  # noqa: E402
+    resume,  # noqa: E402
+)
+from booster_soccer.store.replay import Replay, Segments  # noqa: E402
 
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class",
               "socket.connect", "shutil.rmtree", "os.remove", "os.rename", "os.truncate", "ctypes.dlopen")  # fmt: skip

@@ -30,9 +30,11 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoints  # noqa: E402
-import errors  # noqa: E402
-import resume  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.store import (
+    checkpoints,  # noqa: E402
+    resume,  # noqa: E402
+)
 
 _POLL_S = 0.005
 _LIMIT_S = 1800.0  # no run takes so long, on the slowest machine

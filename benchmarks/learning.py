@@ -22,8 +22,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import errors  # noqa: E402
-from errors import UserError  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.errors import UserError  # noqa: E402
 
 SCORES = (-0.80, 0.0, 4.0)
 _POLL_S = 5.0

@@ -31,8 +31,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import errors  # noqa: E402
 from benchmarks import kill_resume  # noqa: E402
+from booster_soccer import errors  # noqa: E402
 
 # What a machine of the user's may hold; no value is part of another, and none means anything.
 KEYS = {

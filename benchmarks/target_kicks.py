@@ -16,13 +16,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints  # noqa: E402
-import errors  # noqa: E402
-from envs import constants as c  # noqa: E402
-from envs import official  # noqa: E402
-from envs.twin import TwinEnv  # noqa: E402
-from models.numpy_policy import policy_from_arrays  # noqa: E402
-from preprocess.submission import Preprocessor  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.agents.policy import policy_from_arrays  # noqa: E402
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official
+from booster_soccer.envs.twin import TwinEnv  # noqa: E402
+from booster_soccer.preprocess.submission import Preprocessor  # noqa: E402
+from booster_soccer.store import checkpoints  # noqa: E402
 
 _KICK_M_S = 0.5
 _READ_AFTER_ACTIONS = 10

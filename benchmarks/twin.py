@@ -30,11 +30,11 @@ import tyro  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import errors  # noqa: E402
-from envs import constants as c  # noqa: E402
-from envs import official, pd, twin  # noqa: E402
-from envs.cores import usable_cores  # noqa: E402
-from envs.twin import TwinEnv  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd, twin
+from booster_soccer.envs.cores import usable_cores  # noqa: E402
+from booster_soccer.envs.twin import TwinEnv  # noqa: E402
 
 _PIECES, _PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
 

@@ -34,13 +34,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import errors  # noqa: E402
-from envs import constants as c  # noqa: E402
-from envs import official, pd, scene  # noqa: E402
-from envs.twin import Step, TwinEnv  # noqa: E402
-from preprocess.observation import projected_gravity  # noqa: E402
-from preprocess.submission import Preprocessor  # noqa: E402
-from rewards.official import score_terms  # noqa: E402
+from booster_soccer import errors  # noqa: E402
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd, scene
+from booster_soccer.envs.twin import Step, TwinEnv  # noqa: E402
+from booster_soccer.preprocess.observation import projected_gravity  # noqa: E402
+from booster_soccer.preprocess.submission import Preprocessor  # noqa: E402
+from booster_soccer.rewards.official import score_terms  # noqa: E402
 
 SOURCES = ("zero", "random", "policy", "launched")
 RELATIVE_TOLERANCE = 1e-9  # for observation and info; reward terms, ends and score must be equal
@@ -148,8 +148,8 @@ def _policy(source: str, rng: np.random.Generator, checkpoint: Path | None) -> P
     if checkpoint is None:
         noise = functools.partial(rng.normal, 0.0, _ACTION_NOISE, c.NUM_JOINTS)
         return lambda obs, info: (balance(obs, info) + noise()).astype(np.float32)
-    import checkpoints
-    from models.numpy_policy import policy_from_arrays
+    from booster_soccer.agents.policy import policy_from_arrays
+    from booster_soccer.store import checkpoints
 
     policy = policy_from_arrays(checkpoints.load(checkpoint).arrays)
     return lambda obs, info: policy(Preprocessor().modify_state(obs, info)[0])

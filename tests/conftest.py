@@ -10,7 +10,7 @@ import gymnasium as gym
 import pytest
 import sai_mujoco  # noqa: F401  (registers the environments)
 
-from envs import constants as c
+from booster_soccer.envs import constants as c
 
 
 @pytest.fixture(scope="session")

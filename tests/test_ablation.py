@@ -7,11 +7,11 @@ import pytest
 
 import train_mjx_sac
 from benchmarks import ablation
-from envs import constants as c
-from envs import episode
-from errors import UserError
-from models.sac_networks import GAIN, Normalizer
-from preprocess import observation
+from booster_soccer.agents.sac_networks import GAIN, Normalizer
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess import observation
+from booster_soccer.rollout import episode
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
@@ -20,7 +20,7 @@ def test_every_arm_is_a_valid_run(arm, tmp_path):
 
 
 def test_action_scale_arm_scales_the_targets(monkeypatch):
-    from envs.pd import joint_target_rad
+    from booster_soccer.envs.pd import joint_target_rad
 
     monkeypatch.setattr(c, "ACTION_SCALE_RAD", c.ACTION_SCALE_RAD.copy())
     before = joint_target_rad(np.ones(c.NUM_JOINTS)) - c.DEFAULT_POSE_RAD

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.annealing import anneal
+from booster_soccer.rewards.annealing import anneal
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ ROOT = Path(chain.__file__).parent
 _CHAIN = """
 import sys
 from pathlib import Path
-import chain, errors
+import chain
+from booster_soccer import errors
 chain.SCRIPTS, chain._PATIENCE_S = Path({scripts!r}), 1.5
 errors.run(chain.main, chain.Config(out=Path({out!r})))
 """
@@ -24,7 +25,7 @@ _STAGE = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import resume
+from booster_soccer.store import resume
 place = Path({place!r})
 {body}
 """

@@ -18,11 +18,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoints
-from envs import constants as c
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from preprocess.observation import LAYOUT_HASH, OBS_SIZE
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE
+from booster_soccer.store import checkpoints
 
 HIDDEN = 8
 FILES = ("arrays.safetensors", "golden.safetensors", "manifest.json", "optimizer.safetensors")
@@ -158,7 +158,9 @@ def test_lineage_grows_by_one_each_stage(tmp_path):
 
 
 def test_neither_jax_nor_torch_is_imported():
-    code = "import sys, checkpoints; print({'jax', 'torch', 'mujoco'} & set(sys.modules))"
+    code = (
+        "import sys; from booster_soccer.store import checkpoints; print({'jax', 'torch', 'mujoco'} & set(sys.modules))"
+    )
     root = Path(checkpoints.__file__).parent
     assert subprocess.check_output([sys.executable, "-c", code], cwd=root, text=True) == "set()\n"
 

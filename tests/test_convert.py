@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-import checkpoints
 import convert_jax2torch as stage
-from envs import constants as c
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from models.torch_networks import HIDDEN, Actor
-from preprocess.observation import OBS_SIZE
-from preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.torch_networks import HIDDEN, Actor
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.store import checkpoints
 
 
 def pretrained_arrays(seed: int = 0) -> dict[str, np.ndarray]:

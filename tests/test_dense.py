@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from envs import constants as c
-from envs import episode
-from envs.tasks import Events, Readings, StartMix, Tasks, TaskState
-from preprocess.privileged import TABLE as PRIVILEGED_TABLE
-from rewards import dense
+from booster_soccer.envs import constants as c
+from booster_soccer.envs.tasks import Events, Readings, StartMix, Tasks, TaskState
+from booster_soccer.preprocess.privileged import TABLE as PRIVILEGED_TABLE
+from booster_soccer.rewards import dense
+from booster_soccer.rollout import episode
 
 
 @pytest.fixture(scope="module")

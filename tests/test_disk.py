@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 import chain
-import checkpoints
-import errors
 import evaluate
 import submit
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from preprocess.observation import OBS_SIZE
-from replay import Replay, Segments
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.store import checkpoints
+from booster_soccer.store.replay import Replay, Segments
 
 HIDDEN = 8
 ARRAYS = {

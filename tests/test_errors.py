@@ -5,7 +5,7 @@ import errno
 
 import pytest
 
-import errors
+from booster_soccer import errors
 
 
 @dataclasses.dataclass(frozen=True)

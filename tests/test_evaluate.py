@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import checkpoints
 import evaluate
-from envs import constants as c
-from envs import official, scene, twin
-from envs.official import EpisodeResult
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from preprocess.observation import OBS_SIZE
-from tracking import score_report
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, scene, twin
+from booster_soccer.envs.official import EpisodeResult
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.store import checkpoints
+from booster_soccer.tracking import score_report
 
 REPO = Path(evaluate.__file__).parent
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
 import finetune_ddpg as stage
-from envs import constants as c
-from errors import UserError
-from models.numpy_policy import LAYERS, policy_from_arrays
-from preprocess.observation import OBS_SIZE
-from preprocess.symmetry import mirror_action, mirror_observation
+from booster_soccer.agents.policy import LAYERS, policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.symmetry import mirror_action, mirror_observation
+from booster_soccer.store import checkpoints
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = {

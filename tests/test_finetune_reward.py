@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from envs import constants as c
-from preprocess.observation import OBS_SIZE, SLICES
-from rewards.finetune import TERMS, FinetuneWeights, Reading, Transition, dense_reward, dense_terms
+from booster_soccer.envs import constants as c
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
+from booster_soccer.rewards.finetune import TERMS, FinetuneWeights, Reading, Transition, dense_reward, dense_terms
 
 GOAL_W = [-10.97, 0.0, 0.0]
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import checkpoints
 from benchmarks import fuzz
+from booster_soccer.store import checkpoints
 
 
 def test_hostile_inputs_do_no_harm():

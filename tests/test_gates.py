@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import chain
-import checkpoints
 import convert_jax2torch
 import gates
-from envs import constants as c
-from errors import UserError
-from models import sac_networks as nets
-from models.numpy_policy import policy_from_arrays
-from preprocess.observation import OBS_SIZE
-from preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.agents import sac_networks as nets
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.store import checkpoints
 
 
 def save(path: Path, stage: str, arrays: dict, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint:

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from envs import constants as c
-from envs import official, pd
-from envs.lanes import Lanes, OfficialEngine, Player, TwinEngine, check_num_lanes, episode_seed
-from errors import UserError
-from preprocess.observation import OBS_SIZE, SLICES
-from preprocess.submission import Preprocessor
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rollout.lanes import Lanes, OfficialEngine, Player, TwinEngine, check_num_lanes, episode_seed
 
 NOISE_RAD = 0.02
 ZEROS, ONES = np.zeros((1, c.NUM_JOINTS), np.float32), np.ones((1, c.NUM_JOINTS), np.float32)

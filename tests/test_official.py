@@ -8,11 +8,11 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs import constants as c
-from envs import official, pd, scene
-from errors import UserError
-from preprocess.submission import Preprocessor
-from rewards.official import score_terms
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd, scene
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rewards.official import score_terms
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from envs import constants as c
-from rewards.official import WEIGHTS, score_terms
+from booster_soccer.envs import constants as c
+from booster_soccer.rewards.official import WEIGHTS, score_terms
 
 # What `compute_reward()` of a penalty kick gives after one touch, the ball at rest, nothing else happened.
 PENALTY = {

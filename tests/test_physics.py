@@ -4,9 +4,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs import constants as c
-from envs import scene
-from envs.pd import joint_target_rad, platform_torque_nm, torque_nm
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import scene
+from booster_soccer.envs.pd import joint_target_rad, platform_torque_nm, torque_nm
 
 
 def _targets(seed: int, actions: int) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_mjx_follows_native():
     import jax
     import jax.numpy as jnp
 
-    from envs.mjx_engine import MjxEngine
+    from booster_soccer.envs.mjx_engine import MjxEngine
 
     ours = scene.load_native_model()
     address = scene.addresses(ours)

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import resume
 from benchmarks import kill_resume
-from errors import UserError
-from replay import Replay, Segments
+from booster_soccer.arrays import restore_rng, rng_array
+from booster_soccer.errors import UserError
+from booster_soccer.store import resume
+from booster_soccer.store.replay import Replay, Segments
 
 SHAPES = {"obs": (3,), "reward": ()}
 
@@ -66,7 +67,7 @@ def test_segments_bring_the_ring_back(tmp_path_factory, capacity, saves):
 
 
 def test_a_save_writes_only_what_was_added_and_keeps_what_two_saves_need(tmp_path, monkeypatch):
-    monkeypatch.setattr("replay.SEGMENT_ROWS", 8)
+    monkeypatch.setattr("booster_soccer.store.replay.SEGMENT_ROWS", 8)
     segments, replay = Segments(tmp_path / "replay"), Replay(20, SHAPES)
 
     def save(added: int) -> dict:
@@ -160,7 +161,7 @@ def test_a_wrong_table_is_refused(tmp_path, change):
 def test_a_random_generator_goes_on():
     rng, other = np.random.default_rng(1), np.random.default_rng(2)
     rng.integers(0, 5, 3, dtype=np.int32)  # leaves half a draw behind
-    resume.restore_rng(other, resume.rng_array(rng))
+    restore_rng(other, rng_array(rng))
     assert other.bit_generator.state == rng.bit_generator.state
 
 
@@ -177,7 +178,7 @@ def test_records_after_the_state_are_cut(tmp_path):
 
 _PROGRAM = """
 import ctypes, sys, time
-import resume
+from booster_soccer.store import resume
 resume._DEADLINE_S = 1.0
 with resume.StopSignal() as stop:
     print("ready", flush=True)
@@ -238,9 +239,9 @@ def test_a_broken_lane_is_reset_and_counted_and_the_others_do_not_notice(tmp_pat
     import jax
 
     import train_mjx_sac as train
-    from collect import NativeLoop, Statistics
-    from envs.tasks import Tasks
-    from models.sac import Sac
+    from booster_soccer.agents.sac import Sac
+    from booster_soccer.envs.tasks import Tasks
+    from booster_soccer.rollout.collect import NativeLoop, Statistics
 
     config = train.resolve(train.Config(tmp_path, engine="native", num_envs=5, buffer_size=64, max_actions=8,
                                         dr_level=1))  # fmt: skip

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints
 import train_mjx_sac as train
-from collect import MjxLoop, NativeLoop, Statistics
-from envs import constants as c
-from envs.tasks import Tasks
-from errors import UserError
-from models import sac_networks as nets
-from models.numpy_policy import policy_from_arrays
-from models.sac import Batch, Sac, gaussian_kl, policy_arrays, teachers_from
-from preprocess.observation import OBS_SIZE, SLICES
-from preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.agents import sac_networks as nets
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.sac import Batch, Sac, gaussian_kl, policy_arrays, teachers_from
+from booster_soccer.envs import constants as c
+from booster_soccer.envs.tasks import Tasks
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.rollout.collect import MjxLoop, NativeLoop, Statistics
+from booster_soccer.store import checkpoints
 
 
 def _config(tmp_path, **changes):

@@ -4,7 +4,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from assets.make_scene import (
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import scene
+from booster_soccer.envs.make_scene import (
     FEET,
     GROUND_PLANES,
     LOWER_PLANES,
@@ -15,9 +17,7 @@ from assets.make_scene import (
     THIGHS,
     scene_xml,
 )
-from envs import constants as c
-from envs import scene
-from errors import UserError
+from booster_soccer.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
 import submit
-from envs import constants as c
-from envs import official, pd
-from errors import UserError
-from models.numpy_policy import policy_from_arrays
-from models.submission_model import scripted
-from models.torch_networks import Actor
-from preprocess.observation import OBS_SIZE, SLICES, observe
-from preprocess.submission import Preprocessor
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.submission_model import scripted
+from booster_soccer.agents.torch_networks import Actor
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, observe
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.store import checkpoints
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEY = "a-key-that-must-not-be-shown"

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from envs import constants as c
-from envs import scene
-from envs.pd import joint_target_rad
-from preprocess.observation import OBS_SIZE, SLICES, observe
-from preprocess.privileged import CRITIC_OBS_SIZE, TABLE, mirror_critic_observation
-from preprocess.symmetry import JOINT_PERMUTATION, JOINT_SIGN, mirror_action, mirror_observation
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import scene
+from booster_soccer.envs.pd import joint_target_rad
+from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, observe
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, TABLE, mirror_critic_observation
+from booster_soccer.preprocess.symmetry import JOINT_PERMUTATION, JOINT_SIGN, mirror_action, mirror_observation
 
 
 def test_mirror_twice_is_identity():

@@ -6,10 +6,10 @@ import mujoco
 import numpy as np
 import pytest
 
-from envs import constants as c
-from envs import scene
-from envs.pd import torque_nm
-from envs.tasks import StartMix, Tasks, TaskState, View
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import scene
+from booster_soccer.envs.pd import torque_nm
+from booster_soccer.envs.tasks import StartMix, Tasks, TaskState, View
 
 POSITIONS = [f"goal_team_{t}_rel_{x}" for t in (0, 1) for x in ("robot", "ball")] + [
     "ball_xpos_rel_robot",

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from benchmarks import twin_equality
-from envs import constants as c
-from envs import official, pd, twin
-from envs.official import Episode
-from envs.twin import TwinEnv
-from envs.twin_gym import TwinVectorEnv
-from errors import UserError
-from models.numpy_policy import NumpyPolicy
-from preprocess.observation import OBS_SIZE
+from booster_soccer.agents.policy import NumpyPolicy
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official, pd, twin
+from booster_soccer.envs.official import Episode
+from booster_soccer.envs.twin import TwinEnv
+from booster_soccer.envs.twin_gym import TwinVectorEnv
+from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gymnasium warns of deprecated versions of these ids
 
@@ -427,7 +427,7 @@ def test_bad_input_is_one_clear_error(env, call, message):
 
 
 def test_another_mujoco_is_named(monkeypatch):
-    monkeypatch.setattr("envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
+    monkeypatch.setattr("booster_soccer.envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
     with pytest.raises(UserError, match="mujoco 3.4.0 cannot load"):
         TwinEnv("target", 1)
 

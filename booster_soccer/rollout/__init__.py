@@ -1,0 +1,1 @@
+"""Acting in environments: collection for training, whole episodes for judging, scores."""
