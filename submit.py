@@ -43,9 +43,9 @@ import torch
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.agents.ddpg import Actor
 from booster_soccer.agents.policy import LAYERS, policy_from_arrays
 from booster_soccer.agents.submission_model import scripted
-from booster_soccer.agents.torch_networks import Actor
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH

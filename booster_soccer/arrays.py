@@ -36,3 +36,8 @@ def check_like(arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarr
                 f"{what}: {name[:60]!r} is {saved.dtype}{saved.shape}, not {ours.dtype}{ours.shape}: "
                 "use the settings and code that wrote it"
             )
+
+
+def named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The entries whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}

@@ -12,7 +12,13 @@ import numpy as np
 
 from booster_soccer.envs import constants as c
 
-LAYERS = ("input", "hidden", "output")
+LAYERS = ("input", "hidden", "output")  # of actor and critics, in both frameworks
+HIDDEN = 256  # width of both hidden layers
+
+# SAC clips log_std to this range in use: the upper end of 0 keeps tanh(N(mean, 1)) the widest policy (holosoma uses
+# [-5, 0] too). What the network outputs before clipping must lie in the wider one, or its training diverged.
+LOG_STD_CLIP = (-5.0, 0.0)
+LOG_STD_RANGE = (-5.0, 2.0)
 
 
 class NumpyPolicy(NamedTuple):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from booster_soccer.agents.torch_networks import Actor
+from booster_soccer.agents.ddpg import Actor
 from booster_soccer.envs import constants as c
 from booster_soccer.preprocess.observation import SLICES
 

@@ -5,15 +5,15 @@ loop). Both give their whole state as arrays, so that a run can go on exactly wh
 """
 
 import functools
-from dataclasses import replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from booster_soccer.agents.sac import Batch, Sac, SacState, between
-from booster_soccer.arrays import check_like, restore_rng, rng_array
+from booster_soccer.arrays import check_like, named, restore_rng, rng_array
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.native_engine import NativeEngine
@@ -32,21 +32,23 @@ ROW_SHAPES = {"critic_obs": (CRITIC_OBS_SIZE,), "action": (c.NUM_JOINTS,), "rewa
               "next_critic_obs": (CRITIC_OBS_SIZE,), "terminated": ()}  # fmt: skip
 
 
-class Settings(Protocol):
-    """What the loops read from a script's configuration."""
+@dataclass(frozen=True)
+class CollectConfig:
+    """How transitions are gathered and replayed; one step is one policy action in one lane."""
 
-    num_envs: int
-    seed: int
-    dr_level: int
-    batch_size: int
-    updates_per_iteration: int
-    buffer_size: int
-    ramp_steps: tuple[int, int]
-    fall_share: tuple[float, float]
-    first_task_share: tuple[float, float, float]
-    max_actions: int
-    starts: StartMix
-    weights: DenseWeights
+    num_envs: int = 256  # lanes
+    buffer_size: int = 1_000_000  # transitions: the last tenth of `cpu`, 1 GB
+    batch_size: int = 512
+    updates_per_iteration: int = 8  # gradient steps per action of all lanes: 16 samples per transition (g4)
+    learning_starts: int = 20_000  # steps with the untrained policy before the first update
+    # First to walk and shoot, then to aim: pairs go from the first to the last value between these two steps.
+    ramp_steps: tuple[int, int] = (4_000_000, 10_000_000)
+    fall_share: tuple[float, float] = (0.1, 1.0)  # of the fall penalty: in full from the start, no step is dared
+    first_task_share: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)  # before the ramp; starts.task_share after it
+    max_actions: int = 300  # training episodes are cut (not ended) after this many actions
+    dr_level: int = 0  # domain randomisation, 0 (none) to 3
+    starts: StartMix = StartMix()
+    weights: DenseWeights = DenseWeights()
 
 
 def add_observation_noise(state: SacState, critic_obs: jax.Array, key: jax.Array, std: float) -> jax.Array:
@@ -113,24 +115,19 @@ def select_lanes(done: jax.Array, if_done, if_not):
     return jax.tree.map(lambda x, y: jnp.where(done.reshape(done.shape + (1,) * (x.ndim - 1)), x, y), if_done, if_not)
 
 
-def named(arrays: dict, prefix: str) -> dict:
-    """The entries whose names start with a prefix, without it."""
-    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
-
-
-def ramp(config: Settings, steps: jax.Array) -> jax.Array:
+def ramp(config: CollectConfig, steps: jax.Array) -> jax.Array:
     """How far, in [0, 1], the run is on its way between the pairs of its settings."""
     first, last = config.ramp_steps
     return jnp.clip((steps - first) / (last - first), 0.0, 1.0)
 
 
-def start_mix(config: Settings, progress: jax.Array) -> StartMix:
+def start_mix(config: CollectConfig, progress: jax.Array) -> StartMix:
     """The starts of the moment."""
     shares = map(jnp.asarray, (config.first_task_share, config.starts.task_share))
     return replace(config.starts, task_share=between(tuple(shares), progress))
 
 
-def lanes_advance(config: Settings, tasks: Tasks):
+def lanes_advance(config: CollectConfig, tasks: Tasks):
     """`advance` over lanes, with the fall penalty of the moment."""
 
     def one(view, task_state, action, progress):
@@ -148,18 +145,18 @@ class NativeLoop:
 
     ITERATIONS_PER_CALL = 1
 
-    def __init__(self, config: Settings, sac: Sac, tasks: Tasks):
+    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int):
         self.config = config
         self.engine = NativeEngine(config.num_envs, num_threads=usable_cores(), dr_level=config.dr_level,
-                                   seed=config.seed)  # fmt: skip
+                                   seed=seed)  # fmt: skip
         self.count = 0  # iterations: every draw has its own number, whatever other lanes do
-        self.rng = np.random.default_rng(config.seed)
+        self.rng = np.random.default_rng(seed)
         noise = level(config.dr_level).obs_noise_std
         advance_lanes = lanes_advance(config, tasks)
         observe = jax.vmap(functools.partial(critic_observation, tasks))
 
         # Each jitted function derives its key from the iteration's number, to spare a dispatch per split.
-        act_key, noise_key, reset_key = jax.random.split(jax.random.key(config.seed + 1), 3)
+        act_key, noise_key, reset_key = jax.random.split(jax.random.key(seed + 1), 3)
 
         @jax.jit
         def act(state, obs, count):
@@ -311,11 +308,11 @@ class MjxLoop:
 
     ITERATIONS_PER_CALL = 20
 
-    def __init__(self, config: Settings, sac: Sac, tasks: Tasks):
+    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int):
         from booster_soccer.envs.mjx_engine import MjxEngine  # slow to import, and not needed where there is no GPU
 
         self.config = config
-        engine = MjxEngine(config.num_envs, config.dr_level, config.seed)
+        engine = MjxEngine(config.num_envs, config.dr_level, seed)
         noise = level(config.dr_level).obs_noise_std
         n, capacity = config.num_envs, config.buffer_size - config.buffer_size % config.num_envs
         advance_lanes = lanes_advance(config, tasks)
@@ -366,7 +363,7 @@ class MjxLoop:
             return state, loop, jax.tree.map(jnp.sum, sums), jax.tree.map(jnp.mean, metrics)
 
         self._run = run
-        key, start_key = jax.random.split(jax.random.key(config.seed + 1))
+        key, start_key = jax.random.split(jax.random.key(seed + 1))
         data, task_state, seen = jax.jit(start)(start_key, 0.0)
         buffer = Batch(**{name: jnp.zeros((capacity, *shape)) for name, shape in ROW_SHAPES.items()})
         self.loop = MjxCarry(data, task_state, seen, buffer, jnp.int32(0), key)

@@ -13,17 +13,30 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from booster_soccer.errors import UserError
-from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import OTHER_PLACE, os_errors, sync_directory
 
 SEGMENT_ROWS = 1 << 16  # at most: bounds the memory that reading one needs
 _SEGMENT = re.compile(r"[0-9]{12,}-[0-9]{12,}\.safetensors", re.ASCII)
 _REFILL = "give --resume-buffer refill to go on with an empty buffer"
+
+
+class Rows(Protocol):
+    """What `Segments.write` reads of a ring: rows are counted since the start."""
+
+    added: int  # rows ever
+    capacity: int
+
+    def __len__(self) -> int: ...
+
+    def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
+        """Rows [first, last), which lie side by side in the ring."""
 
 
 class Replay:
@@ -73,12 +86,12 @@ class Segments:
         self._table = {"first": np.zeros(0, np.int64), "last": np.zeros(0, np.int64),
                        "sha256": np.zeros((0, 32), np.uint8)}  # fmt: skip
 
-    def write(self, replay: Replay) -> dict[str, np.ndarray]:
+    def write(self, replay: Rows) -> dict[str, np.ndarray]:
         """Write, flushed to disk, what was added since the last call; returns the table of all that is needed."""
         oldest = replay.added - len(replay)
         written = self._table["last"][-1] if len(self._table["last"]) else 0
         new = []
-        with checkpoints.os_errors(f"write replay segments into {self.directory}", checkpoints.OTHER_PLACE):
+        with os_errors(f"write replay segments into {self.directory}", OTHER_PLACE):
             os.makedirs(self.directory, exist_ok=True)
             first = max(int(written), oldest)
             while first < replay.added:
@@ -87,7 +100,7 @@ class Segments:
                 new.append((first, last, self._write_one(first, last, replay.rows(first, last))))
                 first = last
             if new:
-                checkpoints.sync_directory(self.directory)
+                sync_directory(self.directory)
         needed = self._table["last"] > oldest
         self._table = {
             "first": np.append(self._table["first"][needed], [np.int64(first) for first, _, _ in new]).astype(np.int64),
@@ -124,7 +137,7 @@ class Segments:
 
     def _read_one(self, first: int, last: int, digest: np.ndarray, replay: Replay) -> dict[str, np.ndarray]:
         path = self.directory / _name(first, last)
-        with checkpoints.os_errors(f"read replay segment {path}", _REFILL):
+        with os_errors(f"read replay segment {path}", _REFILL):
             if not path.is_file():
                 raise UserError(f"replay segment {path} is missing: {_REFILL}")
             content = path.read_bytes()
@@ -157,7 +170,7 @@ class Segments:
     def delete_all_but(self, *tables: Mapping[str, np.ndarray]) -> None:
         """Delete the segments that none of the tables lists, and the directory if it is then empty."""
         needed = {_name(int(start), int(end)) for table in tables for start, end in zip(table["first"], table["last"])}
-        with checkpoints.os_errors(f"delete replay segments in {self.directory}", checkpoints.OTHER_PLACE):
+        with os_errors(f"delete replay segments in {self.directory}", OTHER_PLACE):
             if self.directory.is_dir():
                 for path in self.directory.iterdir():
                     if _SEGMENT.fullmatch(path.name) and path.name not in needed:

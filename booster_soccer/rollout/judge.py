@@ -1,0 +1,56 @@
+"""Judging a policy while it is trained: the official score, on the twin, always on the same seeds and noise."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from booster_soccer.envs import constants as c
+from booster_soccer.envs.official import Episode, Policy
+from booster_soccer.envs.twin import run_episodes
+
+START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
+
+
+class Scores(NamedTuple):
+    """Official episodes, each (tasks, N) by task and seed."""
+
+    score: np.ndarray
+    steps: np.ndarray  # physics steps
+    fell: np.ndarray
+    success: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """The mean of the tasks' means."""
+        return float(self.score.mean())
+
+    def numbers(self, prefix: str) -> dict[str, float]:
+        """Means by task, named `<prefix>/score_goalie` and so on, and the mean score."""
+        named = {f"{prefix}/score": self.mean}
+        for name, values in self._asdict().items():
+            named |= {f"{prefix}/{name}_{task}": float(values[i].mean()) for i, task in enumerate(c.TASKS)}
+        return named
+
+    def __str__(self) -> str:
+        of_tasks = ", ".join(
+            f"{task} {score.mean():+.2f} fell {fell.mean():.0%} hit {success.mean():.0%}"
+            for task, score, fell, success in zip(c.TASKS, self.score, self.fell, self.success)
+        )
+        return f"{self.mean:+.3f} ({of_tasks})"
+
+
+def judge(policy: Policy, seeds: list[int], start_noise_rad: float = START_NOISE_RAD) -> Scores:
+    """Play a policy on every seed in every task. An exception in the caller ends the workers at once."""
+    results = run_episodes(policy, [Episode(task, seed) for task in c.TASKS for seed in seeds], start_noise_rad)
+
+    def table(name: str) -> np.ndarray:
+        return np.array([float(getattr(result, name)) for result in results]).reshape(c.NUM_TASKS, len(seeds))
+
+    return Scores(*map(table, Scores._fields))
+
+
+def gain(candidate: np.ndarray, start: np.ndarray) -> tuple[float, float]:
+    """Mean gain of scores (tasks, N) over others on the same seeds, and its standard error."""
+    difference = candidate - start
+    standard_error = np.sqrt((difference.var(axis=1, ddof=1) / difference.shape[1]).sum()) / len(difference)
+    return float(difference.mean()), float(standard_error)
