@@ -32,9 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from booster_soccer import errors  # noqa: E402
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, twin
+from booster_soccer.envs import official, pd
 from booster_soccer.envs.cores import usable_cores  # noqa: E402
 from booster_soccer.envs.twin import TwinEnv  # noqa: E402
+from booster_soccer.envs.twin_physics import memory_of
 
 _PIECES, _PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
 
@@ -91,7 +92,7 @@ def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:
     """Bare physics from the states in which `env` is, its lanes shared by threads."""
 
     def advance(data: mujoco.MjData) -> None:
-        memory = twin._memory(data)
+        memory = memory_of(data)
         for row in waiting:  # shared: each thread takes the next lane
             memory[:] = row
             mujoco.mj_step(env._source.model, data, _PIECE_STEPS)
@@ -100,7 +101,7 @@ def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:
         data = [mujoco.MjData(env._source.model) for _ in range(num_threads)]
         while True:
             yield
-            waiting = iter(env._state.memory)
+            waiting = iter(env.physics.state.memory)
             list(pool.map(advance, data))
 
 

@@ -1,14 +1,13 @@
 """The twin gives the official environments' numbers, to the bit, lane by lane.
 
 A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
-not disturb each other, threads, errors, the gymnasium interface.
+not disturb each other, threads, errors.
 """
 
 import functools
 import threading
 import time
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
@@ -16,10 +15,9 @@ import pytest
 from benchmarks import twin_equality
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, twin
+from booster_soccer.envs import official, twin, twin_physics
 from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
-from booster_soccer.envs.twin_gym import TwinVectorEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 
@@ -126,20 +124,20 @@ def test_reset_draws_what_the_official_reset_draws(task, seed):
     env = TwinEnv(task, 2)
     env.reset([123, seed])
     base = official_env(task).unwrapped
-    for _ in range(2):  # the second time without a seed: both go on with the same random stream
-        base.reset(seed=seed)
-        model, data = base.sim.model._model, base.sim.data._data
-        np.testing.assert_array_equal(env.qpos[1], data.qpos)
-        np.testing.assert_array_equal(env.qvel[1], data.qvel)
-        friction, *drawn = env._lane_values[1]
-        np.testing.assert_array_equal(friction, model.geom("field_base").friction)
-        if task == "obstacle":
-            geoms = [model.geom(f"defender_geom{i}").pos for i in range(c.NUM_DEFENDERS)]
-            np.testing.assert_array_equal(drawn, [*geoms, model.site("goalarea_site").pos])
-        if task == "target":
-            np.testing.assert_array_equal(drawn, [model.site("target0").pos])
-        seed = None
-        env.reset([None], lanes=np.array([1]))
+    base.reset(seed=seed)
+    model, data = base.sim.model._model, base.sim.data._data
+    np.testing.assert_array_equal(env.qpos[1], data.qpos)
+    np.testing.assert_array_equal(env.qvel[1], data.qvel)
+    friction, *drawn = env.physics.field_values[1]
+    np.testing.assert_array_equal(friction, model.geom("field_base").friction)
+    if task == "obstacle":
+        geoms = [f"defender_geom{i}" for i in range(c.NUM_DEFENDERS)]
+        np.testing.assert_array_equal(drawn, [*(model.geom(g).pos for g in geoms), model.site("goalarea_site").pos])
+        np.testing.assert_array_equal(env.defender_pos_w[1], [data.geom(g).xpos for g in geoms])
+        np.testing.assert_array_equal(env.target_pos_w[1], data.site("goalarea_site").xpos)
+    if task == "target":
+        np.testing.assert_array_equal(drawn, [model.site("target0").pos])
+        np.testing.assert_array_equal(env.target_pos_w[1], data.site("target0").xpos)
 
 
 def test_time_is_up_after_5000_physics_steps():
@@ -168,17 +166,6 @@ def test_float64_actions_are_taken_as_they_are():
     """`hold_default_pose` returns float64: its torque is then float64 in `run_episode`, and so here."""
     found = twin.run_task("goalie", official.hold_default_pose, [3])
     assert found == [official.run_episode(official_env("goalie"), "goalie", official.hold_default_pose, 3)]
-
-
-def test_joint_targets_are_held_by_the_pd_law_at_every_physics_step():
-    held, torque = TwinEnv("target", 2), TwinEnv("target", 2)
-    held.reset([0, 1])
-    obs, _ = torque.reset([0, 1])
-    target = np.random.default_rng(0).normal(0, 0.2, (2, c.NUM_JOINTS))
-    for _ in range(10):
-        step = torque.step_torque(pd.torque_nm(target, obs[:, :12], obs[:, 12:24], np))
-        obs = step.obs
-    assert_same_lane(held.step_target(target)._replace(reward=step.reward), 0, step, 0)
 
 
 def test_run_episodes_keeps_the_order_and_the_numbers():
@@ -221,9 +208,9 @@ def test_any_number_of_threads_gives_the_same_bits(task, tmp_path, monkeypatch):
         results = [[getattr(env, name)(held) for name, held in calls] for env in envs]
         lanes = ~envs[0].alive
         if lanes.any():
-            ended += lanes.sum()
-            obs_and_infos = [env.reset([None] * lanes.sum(), lanes=lanes) for env in envs]
+            obs_and_infos = [env.reset(range(ended, ended + lanes.sum()), lanes=lanes) for env in envs]
             results = [[*steps, *rest] for steps, rest in zip(results, obs_and_infos, strict=True)]
+            ended += lanes.sum()
         for result in results[1:]:
             assert_same_bits(result, results[0])
         for env in envs[1:]:
@@ -251,7 +238,7 @@ def assert_same_bits(found, expected) -> None:
 def test_an_ended_lane_is_frozen_and_resets_alone():
     env = TwinEnv("target", 3)
     env.reset([0, 1, 2])
-    env.qpos[1, env._root_q.start + 2] -= 0.35  # z of the trunk: fallen from the start
+    env.qpos[1, env._address.root_q.start + 2] -= 0.35  # z of the trunk: fallen from the start
     action = np.zeros((3, c.NUM_JOINTS))
     first = env.step_action(action)
     assert first.terminated.tolist() == [False, True, False]
@@ -282,11 +269,11 @@ def test_a_broken_lane_does_what_the_official_environment_does_and_stops_nobody(
     torques = np.random.default_rng(0).normal(0, 5, (60, 3, c.NUM_JOINTS))
     for i, torque in enumerate(torques):
         if i == 40:
-            env.qpos[1, env._joint_q[0]] = broken
-            sim.qpos[env._joint_q[0]] = broken
+            env.qpos[1, env._address.joint_q[0]] = broken
+            sim.qpos[env._address.joint_q[0]] = broken
         if i == 50:
-            env.qvel[1, env._joint_v[0]] = broken
-            sim.qvel[env._joint_v[0]] = broken
+            env.qvel[1, env._address.joint_v[0]] = broken
+            sim.qvel[env._address.joint_v[0]] = broken
         step = env.step_torque(torque)
         obs, reward, terminated, truncated, info = base.step(torque[1])
         assert not terminated and not truncated  # else nothing is left to compare
@@ -306,7 +293,7 @@ def test_an_error_in_one_thread_waits_for_the_others(monkeypatch):
     env = TwinEnv("target", 4, num_threads=2)
     env.reset(range(4))
     started, finished = threading.Event(), threading.Event()
-    slow, failing = env._workers[1], env._workers[0]
+    slow, failing = env.physics._workers[1], env.physics._workers[0]
 
     def slowly(rows):
         started.set()
@@ -329,52 +316,7 @@ def test_state_that_the_copies_would_miss_is_refused():
     spec = twin._source("target").env.unwrapped.mjcf_model.copy()
     spec.worldbody.add_body(mocap=True).add_geom(size=[0.1, 0.1, 0.1])
     with pytest.raises(UserError, match="has more state"):
-        twin._layout(mujoco.MjData(spec.compile()))
-
-
-# --- gymnasium ------------------------------------------------------------------------------------------
-
-
-def test_vector_environment_equals_gymnasiums_own_over_the_official_environments():
-    theirs = gym.vector.SyncVectorEnv([lambda: official.make("obstacle")] * 2)
-    ours = TwinVectorEnv("obstacle", 2)
-    assert ours.single_observation_space == theirs.single_observation_space
-    assert ours.action_space == theirs.action_space
-    assert ours.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"]
-
-    def assert_same(found: dict, expected: dict) -> None:
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            if isinstance(value, dict):
-                assert_same(found[key], value)
-            else:
-                mask = expected.get(f"_{key}", np.ones(2, dtype=bool))
-                np.testing.assert_array_equal(found[key][mask], value[mask], err_msg=key)
-
-    (our_obs, our_info), (their_obs, their_info) = ours.reset(seed=5), theirs.reset(seed=5)
-    rng, autoresets = np.random.default_rng(0), 0
-    for _ in range(250):
-        np.testing.assert_array_equal(our_obs, their_obs)
-        assert_same(our_info, their_info)
-        actions = rng.uniform(-20, 20, (2, c.NUM_JOINTS)).astype(np.float32)
-        our_obs, *our_flags, our_info = ours.step(actions)
-        their_obs, *their_flags, their_info = theirs.step(actions)
-        for found, expected in zip(our_flags, their_flags, strict=True):
-            np.testing.assert_array_equal(found, expected)
-        autoresets += int(their_flags[1].sum())
-    assert autoresets >= 2
-    ours.close()
-
-
-def test_vector_environment_with_pd_actions_is_step_action():
-    envs, env = TwinVectorEnv("target", 2, control="pd"), TwinEnv("target", 2)
-    obs, _ = envs.reset(seed=[8, 9])
-    np.testing.assert_array_equal(obs, env.reset([8, 9])[0])
-    actions = envs.action_space.sample()
-    expected = env.step_action(actions)
-    obs, reward, *_ = envs.step(actions)
-    np.testing.assert_array_equal(obs, expected.obs)
-    np.testing.assert_array_equal(reward, expected.reward)
+        twin_physics.layout_of(mujoco.MjData(spec.compile()))
 
 
 # --- bad input ------------------------------------------------------------------------------------------
@@ -398,10 +340,9 @@ def actions_with(value: float) -> np.ndarray:
     [
         (lambda env: env.step_torque(actions_with(np.nan)), "torque of lane 1 holds NaN"),
         (lambda env: env.step_action(actions_with(-np.inf)), "action of lane 1 holds NaN or infinity"),
-        (lambda env: env.step_target(actions_with(np.inf)), "joint target of lane 1 holds NaN or infinity"),
         (lambda env: env.step_torque(np.zeros(12)), r"shape \(12,\), expected \(2, 12\)"),
-        (lambda env: env.step_target(np.zeros((2, 11))), r"shape \(2, 11\), expected \(2, 12\)"),
-        (lambda env: env.step_target(np.zeros((2, 12)), num_steps=0), "be held for 0 physics steps"),
+        (lambda env: env.step_action(np.zeros((2, 11))), r"shape \(2, 11\), expected \(2, 12\)"),
+        (lambda env: env.step_torque(np.zeros((2, 12)), num_steps=0), "be held for 0 physics steps"),
         (lambda env: env.step_action([[0.0] * 12, [0.0] * 11]), "action has rows of different lengths"),
         (lambda env: env.step_action("stand"), "action holds <U5, not numbers"),
         (lambda env: env.reset(3), "give a list of seeds"),
@@ -412,11 +353,10 @@ def actions_with(value: float) -> np.ndarray:
         (lambda env: env.reset([0.5, 1]), "seed of lane 0 is 0.5: give an integer"),
         (lambda env: env.reset([0]), "1 seeds for 2 lanes"),
         (lambda env: env.reset([0, 1], start_noise_rad=-0.1), "start noise is -0.1"),
-        (lambda env: env.reset([0, None], start_noise_rad=0.1), "give every lane to reset a seed"),
+        (lambda env: env.reset([0, None]), "seed of lane 1 is None: give an integer"),
         (lambda env: TwinEnv("penalty", 2), "unknown task 'penalty': choose one of goalie, obstacle, target"),
         (lambda env: TwinEnv("target", 0), r"lanes \(0\)"),
         (lambda env: TwinEnv("target", 1).step_torque(np.zeros((1, 12))), "call reset"),
-        (lambda env: TwinVectorEnv("target", 1, control="velocity"), "unknown control 'velocity'"),
     ],
 )
 def test_bad_input_is_one_clear_error(env, call, message):
