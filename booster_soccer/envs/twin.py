@@ -19,12 +19,8 @@ by operation, so the numbers are equal to the bit, not merely close: a robot in 
 """
 
 import functools
-import itertools
-import multiprocessing
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mujoco
@@ -33,15 +29,10 @@ from sai_mujoco.utils.v0.rotations import euler2quat
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene, twin_physics
-from booster_soccer.envs.cores import usable_cores
-from booster_soccer.envs.official import Episode, EpisodeResult, Policy
 from booster_soccer.envs.twin_physics import DrivenJoints, Field, Physics, Sensor, State
 from booster_soccer.errors import UserError
-from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rewards.official import score_terms
 
 _SEED_LIMIT = 2**64  # the platform's match seeds are 64-bit
-_EPISODES_PER_JOB = 25  # of one worker process: enough lanes to share the overhead, few enough for progress
 
 _ROBOT, _BALL = "robot_0:Trunk", "soccer_ball"  # official body names
 _DEFENDERS = tuple(f"defender_geom{i}" for i in range(c.NUM_DEFENDERS))
@@ -520,25 +511,6 @@ class TwinEnv:
         joints = [self.qpos[:, self._address.joint_q], self.qvel[:, self._address.joint_v]]
         return np.concatenate(joints + ball + parts, axis=1, dtype=np.float32)
 
-    # --- what an episode came to --------------------------------------------------------------------
-
-    def score_terms(self) -> dict[str, np.ndarray]:
-        """The platform's weighted score terms, each (B,), of the lanes that have ended; NaN elsewhere."""
-        ended = np.flatnonzero(~self.alive & (self.steps > 0))
-        by_lane = {
-            lane: score_terms(self.task, {name: values[lane] for name, values in self._reward_terms.items()})
-            for lane in ended
-        }
-        names = score_terms(self.task, {})
-        return {
-            name: np.array([by_lane[i][name] if i in by_lane else np.nan for i in range(self.num_lanes)])
-            for name in names
-        }
-
-    def score(self) -> np.ndarray:
-        """The platform's score (B,) of the lanes that have ended; NaN for the others."""
-        return sum(self.score_terms().values())
-
 
 def _checked_seed(seed: int, lane: int) -> int:
     try:
@@ -553,131 +525,3 @@ def _checked_seed(seed: int, lane: int) -> int:
 def _norm(vector: np.ndarray) -> np.ndarray:
     """Length (...) of vectors (..., 3), by the dot product that `np.linalg.norm` uses for one vector."""
     return np.sqrt(np.vecdot(vector, vector))
-
-
-# --- whole episodes -------------------------------------------------------------------------------------
-
-
-def run_task(
-    task: str, policy: Policy, seeds: Sequence[int], start_noise_rad: float = 0.0, num_threads: int = 1
-) -> list[EpisodeResult]:
-    """Play one episode for each seed, all at once, with the numbers of `official.run_episode`.
-
-    The policy is called for one lane at a time: a matrix product of many rows rounds differently from that
-    of one row. For the same reason BLAS must use one thread (OMP_NUM_THREADS=1); `run_episodes` sees to it.
-    """
-    env = TwinEnv(task, len(seeds), num_threads)
-    obs, info = env.reset(seeds, start_noise_rad)
-    last_imu, walked = env.imu_pos_w.copy(), np.zeros(len(seeds))
-    ball_distance_min = np.full(len(seeds), np.inf)
-
-    def measure() -> None:
-        imu, ball = env.imu_pos_w, env.ball_centre_w
-        walked[:] += _horizontal_distance_m(imu, last_imu)
-        last_imu[:] = imu
-        ball_distance_min[:] = np.minimum(ball_distance_min, _horizontal_distance_m(imu, ball))
-
-    measure()
-    while env.alive.any():
-        if policy is None:
-            step = env.step_torque(np.zeros((len(seeds), c.NUM_JOINTS)), c.PHYSICS_STEPS_PER_ACTION)
-        else:
-            step = env.step_action(_actions(policy, Preprocessor().modify_state(obs, info), env, seeds))
-        obs, info = step.obs, step.info
-        measure()
-    env.close()
-
-    terms = env.score_terms()
-    shot, end = env.shot, env.ball
-    site_speed, centre_speed = _norm(end.site_vel_w), _norm(end.centre_vel_w)
-    results = []
-    for i, seed in enumerate(seeds):
-        lane_terms = {name: float(values[i]) for name, values in terms.items()}
-        results.append(
-            EpisodeResult(
-                task=task,
-                seed=seed,
-                score=sum(lane_terms.values()),
-                terms=lane_terms,
-                steps=int(env.steps[i]),
-                fell=not env.imu_pos_w[i, 2] > c.FALL_HEIGHT_M,
-                success=bool(info["success"][i]),
-                touches=int(env.touches[i]),
-                ball_speed_site_m_s=float(site_speed[i]),
-                ball_speed_centre_m_s=float(centre_speed[i]),
-                ball_height_max_m=float(env.ball_height_max_m[i]),
-                **official.ball_quantities(
-                    task,
-                    official.Ball(*(values[i] for values in shot)) if env.touches[i] else None,
-                    official.Ball(*(values[i] for values in end)),
-                    official.aim_pos_w(task, env.imu_pos_w[i], info["target_xpos_rel_robot"][i]),
-                ),
-                walked_m=float(walked[i]),
-                ball_distance_min_m=float(ball_distance_min[i]),
-                imu_height_m=float(env.imu_pos_w[i, 2]),
-            )
-        )
-    return results
-
-
-def _horizontal_distance_m(a_w: np.ndarray, b_w: np.ndarray) -> np.ndarray:
-    return np.hypot(a_w[:, 0] - b_w[:, 0], a_w[:, 1] - b_w[:, 1])
-
-
-def _actions(policy: Policy, policy_obs: np.ndarray, env: TwinEnv, seeds: Sequence[int]) -> np.ndarray:
-    """The policy's actions (B, 12), zero where the episode has ended, in the type that it returns."""
-    rows = {lane: np.asarray(policy(policy_obs[lane])) for lane in np.flatnonzero(env.alive)}
-    for lane, row in rows.items():
-        official._check_action(row, env.task, seeds[lane], int(env.steps[lane]))
-    actions = np.zeros((env.num_lanes, c.NUM_JOINTS), dtype=np.result_type(*rows.values()))
-    actions[list(rows)] = list(rows.values())
-    return actions
-
-
-def run_episodes(
-    policy: Policy,
-    episodes: list[Episode],
-    start_noise_rad: float = 0.0,
-    workers: int | None = None,
-    progress: Callable[[Iterator[EpisodeResult]], Iterator[EpisodeResult]] = iter,
-) -> list[EpisodeResult]:
-    """`official.run_episodes` on the twin: same arguments, same results, same order.
-
-    Worker processes rather than threads: the policy's Python takes turns with nobody, and BLAS has one
-    thread, so that no number depends on how many workers there are.
-    """
-    jobs = [
-        (task, [episode.seed for episode in batch])
-        for task, of_task in itertools.groupby(episodes, key=lambda episode: episode.task)
-        for batch in _batches(list(of_task), _EPISODES_PER_JOB)
-    ]
-    executor = ProcessPoolExecutor(
-        min(workers or usable_cores(), len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(policy, start_noise_rad),
-    )
-    try:
-        with executor:
-            with official._lean_children():
-                batches = executor.map(_run_in_worker, jobs)
-            return list(progress(itertools.chain.from_iterable(batches)))
-    except BrokenProcessPool as error:
-        raise UserError("a worker process died (often out of memory): try fewer with --workers") from error
-
-
-def _batches(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-_worker: dict = {}  # policy and start noise of this worker process
-
-
-def _start_worker(policy: Policy, start_noise_rad: float) -> None:
-    official.end_with_parent()
-    _worker.update(policy=policy, start_noise_rad=start_noise_rad)
-
-
-def _run_in_worker(job: tuple[str, list[int]]) -> list[EpisodeResult]:
-    task, seeds = job
-    return run_task(task, _worker["policy"], seeds, _worker["start_noise_rad"])

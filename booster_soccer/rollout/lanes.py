@@ -1,410 +1,280 @@
-"""Lanes of the three football tasks in worker processes: what fine-tuning trains and validates in.
+"""Lanes: batches of episodes at 50 Hz behind one protocol, in the official environment, its twin, and our scene.
 
-A lane plays one task at 50 Hz: an action in, ten physics steps with its joint target held, the next
-observation out; an ended episode is followed by a fresh one at once. Lanes move in lockstep, so nothing
-depends on which process is faster. An episode is a function of its seed and its actions, so a lane's state
-is only those: `restore` plays them again. Nothing in this module imports JAX or PyTorch.
-
-Two engines give the same numbers: `OfficialEngine` is the platform's own environment, one to a process;
-`TwinEngine` many lanes of `envs/twin.py`.
+A lane holds an action for ten physics steps. `OfficialLanes` is the platform's own environment, a batch of
+one; `TwinLanes` gives the same numbers for many lanes; `SceneLanes` plays the official starts in the
+pre-training scene. `rollout/play.py` plays whole episodes on them, `rollout/workers.py` fine-tuning's.
 """
 
-import multiprocessing
-import signal
-import traceback
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import gymnasium as gym
 import numpy as np
 
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, twin
+from booster_soccer.envs import official, pd, scene
 from booster_soccer.envs.cores import usable_cores
-from booster_soccer.envs.official import EpisodeResult, Policy
+from booster_soccer.envs.official import Ball
+from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
-from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rewards.finetune import Reading
-from booster_soccer.rewards.official import score_terms
-
-BACKENDS = ("official", "twin")
-# Nothing on this field is so fast; MuJoCo is, when it finds NaN and starts again by itself.
-_MAX_JUMP_M = 0.5  # in one action: 25 m/s
-
-
-class LaneStep(NamedTuple):
-    """What one action brought, for B lanes."""
-
-    obs: np.ndarray  # (B, 87) float32 true next observation, also where the episode ended
-    reading: Reading  # (B, 3) each, for the dense reward
-    terminated: np.ndarray  # (B,) bool: the episode ended by its rules, no bootstrap
-    truncated: np.ndarray  # (B,) bool: the episode ended by time, bootstrap from `obs`
-    score: np.ndarray  # (B,) official score where the episode ended, else 0
-    physics_steps: np.ndarray  # (B,) length of the episode so far
-    fell: np.ndarray  # (B,) bool, where the episode ended
-    success: np.ndarray  # (B,) bool, where the episode ended
-    next_obs: np.ndarray  # (B, 87) float32 observation to act on: that of a fresh start after an end
-    next_reading: Reading  # (B, 3) each, likewise
+from booster_soccer.rewards.official import WEIGHTS, score_terms
 
 
 class Outcome(NamedTuple):
-    """What ended episodes came to; entries of lanes that go on mean nothing."""
+    """What the episode of one lane came to."""
 
-    score: np.ndarray  # (B,) official score
-    fell: np.ndarray  # (B,) bool
-    success: np.ndarray  # (B,) bool
+    score: float  # official score
+    terms: dict[str, float]  # weighted; their sum is the score
+    fell: bool
+    success: bool
+    touches: int  # robot-ball contacts
+    ball_height_max_m: float  # of the ball's centre
+    shot: Ball | None  # the ball when it was last released, or at the end if still touched, each (3,)
 
 
-class OfficialEngine:
-    """One official environment with the 50 Hz control loop around it: a batch of one lane."""
+class Lanes(Protocol):
+    """B lanes. Arrays are the caller's own. What a lane that has ended holds is read before the next `hold`."""
 
-    def __init__(self, task: str, num_lanes: int):
-        if num_lanes != 1:
-            raise ValueError(f"an official environment is one lane, not {num_lanes}")
-        self.task = task
-        self._env = official.make(task)
+    tasks: list[str]  # of each lane
 
-    def reset(self, lanes: np.ndarray, seeds: list[int], start_noise_rad: float) -> None:
-        """Start a fresh episode."""
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
+        """Start an episode in each of some lanes, from the official start of its seed."""
+
+    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """An action (B, 12) in [-1, 1] for ten physics steps, fewer where the episode ends; None is zero torque.
+
+        Terminated and truncated, (B,) bool; ended lanes ignore their actions.
+        """
+
+    def observe(self) -> np.ndarray:
+        """The policy's observations (B, 87) float32."""
+
+    def outcome(self, lane: int) -> Outcome:
+        """Score and fate of a lane that has just ended."""
+
+    def close(self) -> None:
+        """Give back threads and environments."""
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Physics steps (B,) of the running episodes."""
+
+    @property
+    def imu_pos_w(self) -> np.ndarray:
+        """(B, 3) m."""
+
+    @property
+    def ball(self) -> Ball:
+        """The ball now, each (B, 3)."""
+
+    @property
+    def aim_pos_w(self) -> np.ndarray:
+        """(B, 3) m: the goal's centre, window or target."""
+
+
+class OfficialLanes:
+    """One lane of the official environment."""
+
+    def __init__(self, task: str, env: gym.Env | None = None, hold_steps: int = c.PHYSICS_STEPS_PER_ACTION):
+        """`env`: instead of a new one, for example with a wrapper; `hold_steps`: physics steps an action."""
+        self.tasks = [task]
+        self.lane = official.OfficialLane(task, env)
+        self._hold_steps = hold_steps
+
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
         for seed in seeds:
-            self._obs, self._info = official.reset(self._env, seed, start_noise_rad)
+            self.lane.reset(seed, start_noise_rad)
 
-    def hold(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ten physics steps with actions (1, 12), fewer if the episode ends: terminated, truncated (1,)."""
-        for _ in range(c.PHYSICS_STEPS_PER_ACTION):
-            joints = self._obs[: c.NUM_JOINTS], self._obs[c.NUM_JOINTS : 2 * c.NUM_JOINTS]
-            torque_nm = pd.platform_torque_nm(actions[0], *joints)
-            self._obs, _, terminated, truncated, self._info = self._env.step(torque_nm)
-            if terminated or truncated:
-                break
+    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        terminated, truncated = self.lane.hold(None if action is None else action[0], self._hold_steps)
         return np.array([terminated]), np.array([truncated])
 
     def observe(self) -> np.ndarray:
-        """Observation (1, 87) float32."""
-        return Preprocessor().modify_state(self._obs, self._info)
+        return Preprocessor().modify_state(self.lane.obs, self.lane.info)
 
-    def read(self) -> Reading:
-        """What the reward needs, (1, 3) each."""
-        data = self._env.unwrapped.sim.data
-        ball = data.get_geom_xpos("ball"), data.get_geom_xvelp("ball")
-        info = {name: self._info[name][None] for name in _READ_FROM_INFO}
-        return _reading(self.task, info, *(vector_w.copy()[None] for vector_w in ball))
+    def outcome(self, lane: int) -> Outcome:
+        base = self.lane.base
+        # The platform asks once more after the environment's own call in `step`. That leaves `ball_hits` as it
+        # is: a touch counts on the change from "no contact" to "contact", and the contacts have not changed.
+        terms = score_terms(self.tasks[0], base.compute_reward())
+        fell, success = bool(base.robots[0].is_terminated()), bool(self.lane.info["success"])
+        of_ball = self.lane.touches, self.lane.ball_height_max_m, self.lane.shot
+        return Outcome(sum(terms.values()), terms, fell, success, *of_ball)
 
-    def physics_steps(self) -> np.ndarray:
-        """Length (1,) of the running episode."""
-        return np.array([self._env.unwrapped.sim.data.time / c.PHYSICS_DT_S]).round().astype(np.int64)
+    def close(self) -> None:
+        self.lane.env.close()
 
-    def outcome(self) -> Outcome:
-        """Score and fate of the episode that ended."""
-        score = sum(score_terms(self.task, self._info["reward_terms"]).values())
-        fell = self._env.unwrapped.robots[0].is_terminated()
-        return Outcome(np.array([score]), np.array([bool(fell)]), np.array([bool(self._info["success"])]))
+    @property
+    def steps(self) -> np.ndarray:
+        return np.array([self.lane.steps])
 
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes; the running one is lost."""
-        return [official.run_episode(self._env, self.task, policy, seed, start_noise_rad) for seed in seeds]
+    @property
+    def imu_pos_w(self) -> np.ndarray:
+        return self.lane.imu_pos_w[None]
+
+    @property
+    def ball(self) -> Ball:
+        return Ball(*(vector_w[None] for vector_w in self.lane.ball))
+
+    @property
+    def aim_pos_w(self) -> np.ndarray:
+        return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self.lane.info["target_xpos_rel_robot"][None])
 
 
-class TwinEngine:
-    """Lanes of the official environment's twin."""
+class TwinLanes:
+    """Lanes of one task in the official environment's twin."""
 
-    def __init__(self, task: str, num_lanes: int):
-        self.task = task
-        self._env = twin.TwinEnv(task, num_lanes)
+    def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
+        self.tasks = [task] * num_lanes
+        self.env = TwinEnv(task, num_lanes, num_threads)
 
-    def reset(self, lanes: np.ndarray, seeds: list[int], start_noise_rad: float) -> None:
-        """Start fresh episodes in some lanes."""
-        self._obs, self._info = self._env.reset(seeds, start_noise_rad, lanes)
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
+        self._obs, self._info = self.env.reset(seeds, start_noise_rad, np.asarray(lanes, int))
 
-    def hold(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ten physics steps with actions (B, 12), fewer where the episode ends: terminated, truncated (B,)."""
-        step = self._env.step_action(actions)
-        self._obs, self._info = step.obs, step.info
+    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if action is None:
+            torque_nm = np.zeros((len(self.tasks), c.NUM_JOINTS))
+            step = self.env.step_torque(torque_nm, c.PHYSICS_STEPS_PER_ACTION)
+        else:
+            step = self.env.step_action(action)
+        self._obs, self._info, self._raw_terms = step.obs, step.info, step.reward_terms
         return step.terminated, step.truncated
 
     def observe(self) -> np.ndarray:
-        """Observations (B, 87) float32."""
         return Preprocessor().modify_state(self._obs, self._info)
 
-    def read(self) -> Reading:
-        """What the reward needs, (B, 3) each."""
-        return _reading(self.task, self._info, self._env.ball_centre_w.copy(), self._env.ball_centre_velocity_w)
-
-    def physics_steps(self) -> np.ndarray:
-        """Lengths (B,) of the running episodes."""
-        return self._env.steps.copy()
-
-    def outcome(self) -> Outcome:
-        """Scores and fates of the episodes that ended."""
-        fell = ~(self._env.imu_pos_w[:, 2] > c.FALL_HEIGHT_M)
-        return Outcome(np.nan_to_num(self._env.score()), fell, self._info["success"].copy())
-
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes, beside the running ones."""
-        return twin.run_task(self.task, policy, seeds, start_noise_rad) if seeds else []
-
-
-_ENGINES = {"official": OfficialEngine, "twin": TwinEngine}
-_READ_FROM_INFO = ("goal_team_0_rel_robot", "target_xpos_rel_robot")
-
-
-def _reading(task: str, info: dict, ball_centre_pos_w: np.ndarray, ball_centre_vel_w: np.ndarray) -> Reading:
-    robot_pos_w = c.GOAL_POS_W[0] - info["goal_team_0_rel_robot"]
-    aim_pos_w = robot_pos_w + info["target_xpos_rel_robot"]
-    if task == "goalie":  # has no target of its own
-        aim_pos_w = np.broadcast_to(c.GOAL_POS_W[0], robot_pos_w.shape)
-    return Reading(robot_pos_w, ball_centre_pos_w, ball_centre_vel_w, aim_pos_w)
-
-
-def _jumped(before: Reading, after: Reading) -> np.ndarray:
-    """Lanes (B,) whose simulation broke: numbers that are not finite, or a jump no body can make."""
-    moves = [after.robot_pos_w - before.robot_pos_w, after.ball_centre_pos_w - before.ball_centre_pos_w]
-    broken = ~np.isfinite(after.ball_centre_vel_w).all(axis=-1)
-    for move in moves:
-        broken |= ~(np.linalg.norm(move, axis=-1) < _MAX_JUMP_M)
-    return broken
-
-
-class Player:
-    """Lanes of one engine: episodes one after another, each from its own seed."""
-
-    def __init__(self, engine: OfficialEngine | TwinEngine, keys: list[tuple[int, ...]], start_noise_rad: float):
-        """Lane i's episode number e starts from `episode_seed(*keys[i], e)`."""
-        self._engine, self._keys, self._start_noise_rad = engine, keys, start_noise_rad
-        self._episode = np.zeros(len(keys), dtype=np.int64)
-        self._actions: list[list[np.ndarray]] = [[] for _ in keys]  # of the running episodes
-
-    def start(self) -> tuple[np.ndarray, Reading]:
-        """Begin the present episodes and play what was played in them: observations (B, 87), readings."""
-        lengths = np.array([len(played) for played in self._actions])
-        rounds = lengths.max()
-        self._reset(np.arange(len(lengths)))
-        for round_ in range(rounds):
-            # A shorter episode begins later, so that all of them arrive together.
-            self._reset(np.flatnonzero(lengths == rounds - round_))
-            actions = np.zeros((len(lengths), c.NUM_JOINTS), np.float32)
-            for lane in np.flatnonzero(lengths >= rounds - round_):
-                actions[lane] = self._actions[lane][round_ - rounds]
-            self._engine.hold(actions)
-        self._reset(np.flatnonzero(lengths == 0))
-        self._now = self._engine.observe(), self._engine.read()
-        return self._now
-
-    def step(self, actions: np.ndarray) -> LaneStep:
-        """Play one action (B, 12) in [-1, 1] in each lane."""
-        for played, action in zip(self._actions, actions):
-            played.append(action.copy())
-        terminated, truncated = self._engine.hold(actions)
-        obs, reading, length = self._engine.observe(), self._engine.read(), self._engine.physics_steps()
-        # On NaN MuJoCo itself starts again, from the model's zero pose, and the environment plays on. The
-        # learner must not see that jump: the episode ends there, with the last good numbers and no score.
-        broken = _jumped(self._now[1], reading)
-        obs = np.where(broken[:, None], self._now[0], obs)
-        reading = Reading(*(np.where(broken[:, None], old, new) for old, new in zip(self._now[1], reading)))
-        terminated = terminated | broken
-        truncated = truncated & ~terminated
-        ended = terminated | truncated
-        counts = ended & ~broken
-        outcome = self._engine.outcome() if counts.any() else Outcome(*np.zeros((3, len(ended))))
-        self._now = obs, reading
-        if ended.any():
-            for lane in np.flatnonzero(ended):
-                self._actions[lane] = []
-            self._episode[ended] += 1
-            self._reset(np.flatnonzero(ended))
-            self._now = self._engine.observe(), self._engine.read()
-        return LaneStep(
-            obs,
-            reading,
-            terminated,
-            truncated,
-            np.where(counts, outcome.score, 0.0),
-            length,
-            counts & outcome.fell.astype(bool),
-            counts & outcome.success.astype(bool),
-            *self._now,
-        )
-
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes; every lane is afterwards where it was."""
-        results = self._engine.validate(policy, seeds, start_noise_rad)
-        if isinstance(self._engine, OfficialEngine):
-            self.start()
-        return results
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What `restore` needs: numbers (B,) and lengths (B,) of the episodes, actions (B, 500, 12) so far."""
-        actions = np.zeros((len(self._keys), c.EPISODE_ACTIONS, c.NUM_JOINTS), np.float32)
-        for lane, played in enumerate(self._actions):
-            if played:
-                actions[lane, : len(played)] = played
-        lengths = np.array([len(played) for played in self._actions])
-        return {"lane_episode": self._episode.copy(), "lane_length": lengths, "lane_actions": actions}
-
-    def restore(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, Reading]:
-        """Bring every lane to where `state` was taken: observations (B, 87), readings."""
-        self._episode = state["lane_episode"].copy()
-        played = zip(state["lane_actions"], state["lane_length"])
-        self._actions = [list(actions[:length]) for actions, length in played]
-        return self.start()
-
-    def _reset(self, lanes: np.ndarray) -> None:
-        if len(lanes):
-            seeds = [episode_seed(*self._keys[lane], int(self._episode[lane])) for lane in lanes]
-            self._engine.reset(lanes, seeds, self._start_noise_rad)
-
-
-class Lanes:
-    """B lanes spread over processes. The tasks take turns: lane i plays task i modulo three."""
-
-    def __init__(self, backend: str, num_lanes: int, seed: int, start_noise_rad: float):
-        """Start the processes. Lane i's episode number e starts from `episode_seed(seed, i, e)`."""
-        check_num_lanes(num_lanes)
-        per_task = num_lanes // c.NUM_TASKS
-        if backend == "twin":
-            per_task = min(per_task, max(1, usable_cores() // c.NUM_TASKS))
-        self.task = [c.TASKS[lane % c.NUM_TASKS] for lane in range(num_lanes)]
-        # Process p has the lanes p, p + P, p + 2 P ..., all of one task, because P is a multiple of three.
-        self._lanes_of = [list(range(num_lanes))[p :: c.NUM_TASKS * per_task] for p in range(c.NUM_TASKS * per_task)]
-        self._connections: list[Connection] = []
-        self._processes = []
-        context = multiprocessing.get_context("spawn")
-        with official._lean_children():
-            for lanes in self._lanes_of:
-                here, there = context.Pipe()
-                keys = [(seed, lane) for lane in lanes]
-                arguments = there, backend, self.task[lanes[0]], keys, start_noise_rad
-                process = context.Process(target=_serve, args=arguments, daemon=True)
-                process.start()
-                there.close()
-                self._connections.append(here)
-                self._processes.append(process)
-
-    def __enter__(self) -> "Lanes":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    def outcome(self, lane: int) -> Outcome:
+        env = self.env
+        terms = score_terms(self.tasks[lane], {name: values[lane] for name, values in self._raw_terms.items()})
+        fell, success = not env.imu_pos_w[lane, 2] > c.FALL_HEIGHT_M, bool(self._info["success"][lane])
+        shot = Ball(*(values[lane].copy() for values in env.shot)) if env.touches[lane] else None
+        of_ball = int(env.touches[lane]), float(env.ball_height_max_m[lane]), shot
+        return Outcome(sum(terms.values()), terms, fell, success, *of_ball)
 
     def close(self) -> None:
-        """End the processes; nothing is lost that `state` does not hold."""
-        for process in self._processes:
-            process.kill()  # it holds nothing, and ignores SIGTERM
-        for process in self._processes:
-            process.join()
+        self.env.close()
 
-    def start(self) -> tuple[np.ndarray, Reading]:
-        """Begin every lane's first episode: observations (B, 87) and readings."""
-        self._ask("start")
-        return self._gather(self._answers())
+    @property
+    def steps(self) -> np.ndarray:
+        return self.env.steps.copy()
 
-    def send(self, actions: np.ndarray) -> None:
-        """Set actions (B, 12) going; the caller may compute until it needs `receive`."""
-        self._ask("step", lambda lanes: [actions[lanes]])
+    @property
+    def imu_pos_w(self) -> np.ndarray:
+        return self.env.imu_pos_w.copy()
 
-    def receive(self) -> LaneStep:
-        """What the actions of the last `send` brought."""
-        return self._gather(self._answers())
+    @property
+    def ball(self) -> Ball:
+        return Ball(*(vector_w.copy() for vector_w in self.env.ball))
 
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Score a policy, (87,) -> (12,), on every seed in every task; results by task, then seed.
-
-        Every lane is afterwards where it was.
-        """
-        share = len(self._lanes_of) // c.NUM_TASKS  # processes of a task, numbered p // 3
-        self._ask("validate", lambda lanes: [policy, seeds[lanes[0] // c.NUM_TASKS :: share], start_noise_rad])
-        results = [result for answer in self._answers() for result in answer]
-        order = {(task, seed): i for i, (task, seed) in enumerate((t, s) for t in c.TASKS for s in seeds)}
-        return sorted(results, key=lambda result: order[result.task, result.seed])
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What `restore` needs, as of `Player.state`."""
-        self._ask("state")
-        answers = self._answers()
-        return {name: self._gather([answer[name] for answer in answers]) for name in answers[0]}
-
-    def restore(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, Reading]:
-        """Bring every lane to where `state` was taken: observations (B, 87) and readings."""
-        self._ask("restore", lambda lanes: [{name: values[lanes] for name, values in state.items()}])
-        return self._gather(self._answers())
-
-    def _ask(self, name: str, arguments_of=lambda lanes: []) -> None:
-        """Call a method of every `Player`, with arguments made from its lanes."""
-        for p, lanes in enumerate(self._lanes_of):
-            try:
-                self._connections[p].send((name, *arguments_of(lanes)))
-            except ConnectionError:
-                self._answer(p)  # says why
-
-    def _answers(self) -> list:
-        return [self._answer(p) for p in range(len(self._lanes_of))]
-
-    def _answer(self, p: int):
-        where = f"the process of {self.task[p]} lanes {self._lanes_of[p]}"
-        try:
-            answer = self._connections[p].recv()
-        except (EOFError, ConnectionError) as error:
-            raise UserError(f"{where} died, often for lack of memory: use fewer lanes") from error
-        if isinstance(answer, UserError):
-            raise answer
-        if isinstance(answer, _Failure):
-            raise RuntimeError(f"{where} failed:\n{answer.traceback}")
-        return answer
-
-    def _gather(self, parts: list):
-        """Arrays, or tuples of them, of the processes' lanes as arrays of all lanes in order."""
-        if isinstance(parts[0], tuple):
-            entries = [self._gather(list(column)) for column in zip(*parts)]
-            return type(parts[0])(*entries) if hasattr(parts[0], "_fields") else tuple(entries)
-        whole = np.zeros((len(self.task), *parts[0].shape[1:]), parts[0].dtype)
-        for lanes, part in zip(self._lanes_of, parts):
-            whole[lanes] = part
-        return whole
+    @property
+    def aim_pos_w(self) -> np.ndarray:
+        return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self._info["target_xpos_rel_robot"])
 
 
-def episode_seed(*key: int) -> int:
-    """The seed of an episode from a key such as (run, lane, episode); the platform's own loads slowly."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+class SceneLanes:
+    """Lanes of the pre-training scene under native MuJoCo; the tasks take turns: lane i plays task i modulo three.
 
+    Starts are the official ones; keeper and defenders are geometry, and ends, touches and the ball are seen
+    once an action. A lane whose physics breaks scores NaN. Imports JAX, when it is made.
+    """
 
-def check_num_lanes(num_lanes: int) -> None:
-    """Raise `UserError` unless every task gets the same number of lanes."""
-    if num_lanes < c.NUM_TASKS or num_lanes % c.NUM_TASKS:
-        raise UserError(f"{num_lanes} lanes cannot be shared by {c.NUM_TASKS} tasks: use a multiple of {c.NUM_TASKS}")
+    def __init__(self, num_lanes: int, num_threads: int | None = None):
+        import jax
 
+        from booster_soccer.envs.native_engine import NativeEngine
+        from booster_soccer.envs.tasks import StartMix, Tasks
 
-def real_observations(policy: Policy, per_task: int, seed: int, start_noise_rad: float) -> np.ndarray:
-    """Observations (3 * per_task, 87) that a policy meets in the three official environments."""
-    met = np.zeros((c.NUM_TASKS, per_task, OBS_SIZE), np.float32)
-    for row, task in zip(met, c.TASKS):
-        player = Player(OfficialEngine(task, 1), [(seed,)], start_noise_rad)
-        obs, _ = player.start()
-        for i in range(per_task):
-            row[i] = obs[0]
-            obs = player.step(policy(obs)).next_obs
-    return met.reshape(-1, OBS_SIZE)
+        self.tasks = [c.TASKS[lane % c.NUM_TASKS] for lane in range(num_lanes)]
+        self._rules, self._jax = Tasks(), jax
+        self._engine = NativeEngine(num_lanes, num_threads=num_threads or usable_cores())
+        self._official = {task: official.make(task) for task in set(self.tasks)}
+        self._observe = jax.jit(jax.vmap(self._rules.observe))
+        self._advance = jax.jit(jax.vmap(self._advance_lane))
+        # Every lane stands somewhere until it is reset, so that its physics is sound.
+        qpos, qvel, fresh = jax.jit(lambda key: self._rules.reset(key, StartMix()))(jax.random.key(0))
+        self._engine.reset(np.arange(num_lanes), *(np.tile(values, (num_lanes, 1)) for values in (qpos, qvel)))
+        self._fresh = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_lanes, axis=0), fresh)
+        self._state = jax.tree.map(np.copy, self._fresh)
+        self.alive = np.zeros(num_lanes, bool)
+        self.imu_pos_w = np.zeros((num_lanes, 3))
+        self.ball = Ball(*np.zeros((4, num_lanes, 3)))
+        self._shot = Ball(*np.zeros((4, num_lanes, 3)))
+        self._ball_height_max_m = np.zeros(num_lanes)
 
+    def _advance_lane(self, view, before, action):
+        rules = self._rules
+        after = rules.count_touch(view, before, action)
+        r, events = rules.read(view), rules.events(view, after)
+        raw = rules.official_terms(r, after, events)
+        ball = Ball(r.ball_center_pos_w, r.ball_center_vel_w, r.ball_site_pos_w, r.ball_site_vel_w)
+        return after, rules.observe(view, after), r.imu_pos_w, ball, events, raw, rules.official_score(raw, after.task)
 
-class _Failure(NamedTuple):
-    """An unexpected error in a worker process."""
+    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
+        lanes, address = np.asarray(lanes, int), self._rules.address
+        state = self._jax.tree.map(np.array, self._state)
+        for leaf, fresh in zip(self._jax.tree.leaves(state), self._jax.tree.leaves(self._fresh), strict=True):
+            leaf[lanes] = fresh[lanes]
+        qpos = np.zeros((len(lanes), self._rules.nq))
+        for row, lane, seed in zip(qpos, lanes, seeds, strict=True):
+            task = self.tasks[lane]
+            _, info = official.reset(self._official[task], seed, start_noise_rad)
+            base = self._official[task].unwrapped
+            theirs = scene.official_addresses(base.sim.model._model)
+            for name in ("ball_q", "root_q", "joint_q"):
+                row[getattr(address, name)] = base.sim.data._data.qpos[getattr(theirs, name)]
+            target_rel_w = info["target_xpos_rel_robot"]
+            imu_pos_w = base.sim.data._data.site(base._root_site).xpos
+            state.task[lane] = c.TASKS.index(task)
+            state.target_pos_w[lane] = target_rel_w + imu_pos_w * np.any(target_rel_w)  # the goalie task has none
+            state.defender_pos_w[lane] = np.reshape(info["defender_xpos"], (c.NUM_DEFENDERS, 3))
+        self._engine.reset(lanes, qpos, np.zeros((len(lanes), self._rules.nv)))
+        self._state, self.alive[lanes], self._ball_height_max_m[lanes] = state, True, 0.0
+        self._obs = np.array(self._observe(self._engine.view(), state))
+        self.imu_pos_w = np.array(self.imu_pos_w, float)
+        self.imu_pos_w[lanes] = qpos[:, address.root_q][:, :3]
+        self.ball.centre_pos_w[lanes] = qpos[:, address.ball_q][:, :3] + [0.0, 0.0, c.BALL_RADIUS_M]
 
-    traceback: str
+    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        if action is None:
+            raise UserError("our scene has no zero torque: its PD layer always acts; give a policy")
+        # Lanes that have ended are stepped too; they stand, so that their physics stays sound.
+        action = np.where(self.alive[:, None], action, 0.0).astype(np.float32)
+        self._engine.step(pd.joint_target_rad(action))
+        was_touching = self._state.in_contact
+        after, *seen = self._jax.device_get(self._advance(self._engine.view(), self._state, action))
+        self._obs, self.imu_pos_w, ball, self._events, self._raw_terms, self._score = seen
+        self._state, self.ball = after, Ball(*(np.array(vector_w, float) for vector_w in ball))
+        self._ball_height_max_m = np.fmax(self._ball_height_max_m, self.ball.centre_pos_w[:, 2])
+        for kept, now in zip(self._shot, self.ball):
+            kept[...] = np.where((was_touching | after.in_contact)[:, None], now, kept)
+        terminated, truncated = self._events.terminated, after.action_count >= c.EPISODE_ACTIONS
+        self.alive &= ~(terminated | truncated)
+        return terminated, truncated & ~terminated
 
+    def observe(self) -> np.ndarray:
+        return self._obs
 
-def _serve(
-    connection: Connection, backend: str, task: str, keys: list[tuple[int, ...]], start_noise_rad: float
-) -> None:
-    """A worker process: answer calls of `Player` by name until the connection closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end, after it has saved
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        player = Player(_ENGINES[backend](task, len(keys)), keys, start_noise_rad)
-        while True:
-            name, *arguments = connection.recv()
-            connection.send(getattr(player, name)(*arguments))
-    except (EOFError, ConnectionError):
-        return
-    except UserError as error:
-        connection.send(error)
-    except Exception:
-        connection.send(_Failure(traceback.format_exc()))
+    def outcome(self, lane: int) -> Outcome:
+        events, touches = self._events, int(self._state.hits[lane])
+        share = np.nan if events.diverged[lane] else 1.0
+        weights = WEIGHTS[self.tasks[lane]]
+        terms = {name: share * weight * float(self._raw_terms[name][lane]) for name, weight in weights.items()}
+        fell, success = bool(events.fallen[lane]), bool(events.success[lane])
+        shot = Ball(*(values[lane].copy() for values in self._shot)) if touches else None
+        of_ball = touches, float(self._ball_height_max_m[lane]), shot
+        return Outcome(share * float(self._score[lane]), terms, fell, success, *of_ball)
+
+    def close(self) -> None:
+        self._engine.close()
+        for env in self._official.values():
+            env.close()
+
+    @property
+    def steps(self) -> np.ndarray:
+        return np.asarray(self._state.action_count) * c.PHYSICS_STEPS_PER_ACTION
+
+    @property
+    def aim_pos_w(self) -> np.ndarray:
+        goal = np.array([task == "goalie" for task in self.tasks])[:, None]
+        return np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)

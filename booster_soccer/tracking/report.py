@@ -1,11 +1,14 @@
-"""Tables and plot of an evaluation: the dictionary that `evaluate.evaluate` returns, for people."""
+"""Results on the screen and on the disk: tables and plot of what `scores.evaluate` returns, and JSON files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from booster_soccer.errors import UserError
 
 WORST = 5  # episodes listed per task
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -120,3 +123,29 @@ def plot(result: dict, title: str, file: Path) -> None:
         axes.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(file)
+
+
+def reserve(file: Path) -> None:
+    """Raise `UserError` unless a new file can be written there; creates its directory, so that it stays so."""
+    try:
+        is_new = not file.exists()
+        if is_new:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("x").close()
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}; name another file") from error
+    if not is_new:
+        raise UserError(f"{file} exists and is not overwritten: name another file or remove it")
+
+
+def write_json(content: dict, file: Path) -> None:
+    """Write a new JSON file and print its name."""
+    with file.open("x") as stream:
+        try:
+            stream.write(json.dumps(content, indent=2) + "\n")
+            stream.flush()
+        except OSError:
+            file.unlink()  # on a full disk; half a file would only be in the way
+            raise
+    print(file)
