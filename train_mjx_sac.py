@@ -50,7 +50,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rollout.collect import ROW_SHAPES, MjxLoop, NativeLoop, Statistics, named
-from booster_soccer.rollout.episode import advance
+from booster_soccer.rollout.episode import advance, observe
 from booster_soccer.store import checkpoints, resume
 from booster_soccer.store.replay import Replay, Segments
 
@@ -189,7 +189,7 @@ class Evaluator:
             return jax.tree.map(lambda x: x[pick], draws)
 
         self._reset = jax.jit(jax.vmap(reset_lane))
-        self._observe = jax.jit(jax.vmap(tasks.observe))
+        self._observe = jax.jit(jax.vmap(lambda v, s: observe(tasks, v, s)))
         self._act = jax.jit(lambda actor, normalizer, obs: sac_networks.mean_action(actor, normalizer(obs)))
         self._advance = jax.jit(jax.vmap(lambda v, s, a: advance(tasks, v, s, a, config.weights, c.EPISODE_ACTIONS)))
 

@@ -17,6 +17,8 @@ from booster_soccer.envs.native_engine import NativeEngine
 from booster_soccer.envs.official import Episode, Policy
 from booster_soccer.envs.pd import joint_target_rad
 from booster_soccer.envs.tasks import StartMix, Tasks, TaskState, View
+from booster_soccer.rewards.official import official_score
+from booster_soccer.rollout.episode import observe
 
 
 class Behaviour(NamedTuple):
@@ -39,11 +41,11 @@ def run_episodes(policy: Policy, episodes: list[Episode], start_noise_rad: float
     def advance(view: View, before: TaskState, action: jax.Array):
         after = tasks.count_touch(view, before, action)
         readings, events = tasks.read(view), tasks.events(view, after)
-        score = tasks.official_score(tasks.official_terms(readings, after, events), after.task)
-        return after, (tasks.observe(view, after), readings.imu_pos_w[:2], events, score)
+        score = official_score(tasks.official_terms(readings, after, events), after.task, jnp)
+        return after, (observe(tasks, view, after), readings.imu_pos_w[:2], events, score)
 
     advance_all = jax.jit(jax.vmap(advance))
-    obs = jax.jit(jax.vmap(tasks.observe))(engine.view(), state)
+    obs = jax.jit(jax.vmap(lambda v, s: observe(tasks, v, s)))(engine.view(), state)
     imu_xy = qpos[:, tasks.address.root_q][:, :2]
     walked_m, actions_played, alive = np.zeros(len(episodes)), 0, np.ones(len(episodes), bool)
     ended = Behaviour(*(np.zeros(len(episodes)) for _ in Behaviour._fields))
