@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from booster_soccer.rollout.play import met_observations
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from booster_soccer.agents import conversion
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.rollout.play import real_observations
 from booster_soccer.store import checkpoints
 from booster_soccer.store.places import check_output_dir
 
@@ -72,7 +72,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
         policy = policy_from_arrays(checkpoint.arrays)
-        groups["real"] = met_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
+        groups["real"] = real_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
         rng = np.random.default_rng(config.seed)
         noise = rng.standard_normal((int(_DRAWS_PER_REAL * len(groups["real"])), OBS_SIZE))
         drawn = checkpoint.arrays["normalizer.mean"] + checkpoint.arrays["normalizer.std"] * noise

@@ -46,9 +46,10 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
 from booster_soccer.preprocess.symmetry import mirror_action
 from booster_soccer.rewards.annealing import anneal
-from booster_soccer.rewards.dense import DenseWeights, dense_reward
+from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, gain, judge
-from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes, episode_seed
+from booster_soccer.rollout.play import episode_seed
+from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
@@ -81,7 +82,7 @@ class Config:
     exploration_std: float = 0.05  # of the noise on actions in [-1, 1]
     mirror: bool = True  # mirror half of each batch
     ddpg: DdpgConfig = DdpgConfig()
-    weights: DenseWeights = DenseWeights()
+    weights: DenseWeights = DenseWeights(idle=-0.05)  # idling is a way to collapse
     records: RecordConfig = RecordConfig(log_every=20_000, judge_every=100_000)
     validation_episodes: int = 20  # per task, the same for the start and every candidate
     confirmation_episodes: int = 50  # per task, for the last comparison, on other seeds
@@ -213,11 +214,10 @@ class Finetuning:
     def receive(self, action: np.ndarray) -> None:
         """Wait for the lanes and store what they bring."""
         after = self.lanes.receive()
-        dense = dense_reward(after.dense_terms, self.config.weights)
         self.replay.add(
             critic_obs=self.critic_obs,
             action=action,
-            dense=dense,
+            dense=after.dense,
             score=after.score,
             next_critic_obs=after.critic_obs,
             terminated=after.terminated,
@@ -226,10 +226,10 @@ class Finetuning:
         ended = after.terminated | after.truncated
         for name, values in after.dense_terms.items():
             self.statistics.add(f"reward/{name}", values)
-        self.statistics.add("reward/dense", dense)
+        self.statistics.add("reward/dense", after.dense)
         for name in ("physics_steps", "fell", "success"):
             self.statistics.add(f"episode/{name}", getattr(after, name)[ended])
-        for i, task in enumerate(self.lanes.task):
+        for i, task in enumerate(self.lanes.tasks):
             self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
 
     def sample(self) -> Batch:
@@ -359,7 +359,7 @@ class Finetuning:
             checkpoints.load_extra(saved, name) for name in ("learner", "lanes", "statistics")
         )
         what = f"{saved.path}: the saved state"
-        now = {"critic_obs": np.zeros((len(self.lanes.task), CRITIC_OBS_SIZE), np.float32), "rng": rng_array(self.rng)}
+        now = {"critic_obs": np.zeros((len(self.lanes.tasks), CRITIC_OBS_SIZE), np.float32), "rng": rng_array(self.rng)}
         check_like(lanes, self.lanes.state() | now, what)
         lengths = lanes["lane_length"]
         if min(lanes["lane_episode"].min(), lengths.min()) < 0 or lengths.max() > c.EPISODE_ACTIONS:
@@ -410,7 +410,8 @@ def main(config: Config) -> Path:
         print(config.out)
         return config.out
     goes_on = run.goes_on(config.resume)
-    lanes = WorkerLanes(config.backend, config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
+    lane_seed = episode_seed(config.seed, _TRAINING)
+    lanes = WorkerLanes(config.backend, config.num_lanes, lane_seed, config.start_noise, config.weights)
     with StopSignal() as stop, lanes, _one_torch_thread():
         stage = Finetuning(config, run, lanes, parent)
         try:

@@ -137,11 +137,11 @@ class Pretraining:
     def __init__(self, config: Config, run: Run, init: Checkpoint | None, teachers: list[Checkpoint]):
         self.config, self.run = config, run
         learner = Sac(config.sac, sac.teachers_from([teacher.arrays for teacher in teachers]) if teachers else None)
-        self.state_ = learner.init(jax.random.key(config.seed))
+        self.learner_state = learner.init(jax.random.key(config.seed))
         if init is not None:
-            self.state_ = sac.warm_start(self.state_, init.arrays)
+            self.learner_state = sac.warm_start(self.learner_state, init.arrays)
         loop = NativeLoop if config.engine == "native" else MjxLoop
-        self.loop = loop(config.collect, learner, Tasks(), config.seed)
+        self.loop = loop(config.collect, learner, Tasks(), config.seed, self.learner_state)
         self.statistics = Statistics()
         self.learn_from = config.collect.learning_starts  # no update before this step
         self.learned: dict[str, jax.Array] = {}
@@ -152,7 +152,9 @@ class Pretraining:
 
     def advance(self) -> int:
         """One call of the collecting loop."""
-        self.state_, new = self.loop.iterate(self.state_, self.run.steps >= self.learn_from, self.statistics)
+        self.learner_state, new = self.loop.iterate(
+            self.learner_state, self.run.steps >= self.learn_from, self.statistics
+        )
         self.learned = new or self.learned
         return self.config.collect.num_envs * self.loop.ITERATIONS_PER_CALL
 
@@ -176,7 +178,7 @@ class Pretraining:
 
     def judge(self) -> dict[str, float]:
         """Official score of the policy on the twin; the best so far is kept."""
-        arrays = sac.policy_arrays(self.state_)
+        arrays = sac.policy_arrays(self.learner_state)
         seeds = np.random.SeedSequence(_JUDGE_SEED).generate_state(self.config.judge_episodes, np.uint64)
         scores = judge(policy_from_arrays(arrays), [int(seed) for seed in seeds])
         tqdm.write(f"  judged at {self.run.steps:,}: {scores}")
@@ -189,20 +191,22 @@ class Pretraining:
 
     def golden_obs(self) -> np.ndarray:
         """Present observations (16, 87); fewer lanes repeat."""
-        return np.resize(np.asarray(self.loop.obs, np.float32), (checkpoints.GOLDEN_PAIRS, OBS_SIZE))
+        return np.resize(
+            np.asarray(self.loop.lanes.critic_obs[:, :OBS_SIZE], np.float32), (checkpoints.GOLDEN_PAIRS, OBS_SIZE)
+        )
 
     def state(self) -> State:
         """Learner and, with a saved buffer, lanes and statistics."""
-        tables, replay = {"learner": sac.state_arrays(self.state_)}, None
+        tables, replay = {"learner": sac.state_arrays(self.learner_state)}, None
         if self.config.resume_buffer == "saved":
             replay = self.loop.replay
             sums = {f"sum.{name}": np.asarray(value) for name, value in self.statistics.sums.items()}
             tables["lanes"] = self.loop.arrays() | sums
-        return State(sac.policy_arrays(self.state_), self.golden_obs(), tables, replay)
+        return State(sac.policy_arrays(self.learner_state), self.golden_obs(), tables, replay)
 
     def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:
         """Go on from a saved state."""
-        self.state_ = sac.restore(self.state_, checkpoints.load_extra(saved, "learner"))
+        self.learner_state = sac.restore(self.learner_state, checkpoints.load_extra(saved, "learner"))
         if self.config.resume_buffer == "refill":
             self.learn_from = saved.manifest["steps"] + self.config.collect.learning_starts
             return

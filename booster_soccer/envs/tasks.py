@@ -9,6 +9,7 @@ Keeper, defenders, window and target are geometry and time, not bodies. We play 
 competition does: it attacks the goal at x = -10.97.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,7 @@ import jax.numpy as jnp
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.scene import Addresses, addresses, load_mjx_model, sensor_slices
-from booster_soccer.preprocess.observation import observe
-from booster_soccer.rewards.official import WEIGHTS
+from booster_soccer.envs.situation import Events, Memory, Situation
 
 
 class View(NamedTuple):
@@ -37,20 +37,24 @@ class TaskState(NamedTuple):
     target_pos_w: jax.Array  # (3,) window centre (obstacle) or target (target); zeros in the goalie task
     defender_pos_w: jax.Array  # (3, 3) used in the obstacle task only
     action_count: jax.Array  # () int32 actions since the reset
-    prev_action: jax.Array  # (12,) in [-1, 1]
+    prev_action: jax.Array  # (12,) this and the three last: see `Memory`
     hits: jax.Array  # () int32 separate contacts with the ball
     in_contact: jax.Array  # () bool
-    shot_value: jax.Array  # () potential of the ball's motion before this action (rewards/dense.py)
-    # Least values so far, below 0 before the first action:
-    nearest_approach_m: jax.Array  # () distance to the kicking position
-    nearest_aim_m: jax.Array  # () distance of the ball to the aim point
+    shot_value: jax.Array  # ()
+    nearest_approach_m: jax.Array  # ()
+    nearest_aim_m: jax.Array  # ()
+
+    @property
+    def memory(self) -> Memory:
+        """What the lane remembers for the dense reward."""
+        return Memory(*(getattr(self, name) for name in Memory._fields))
 
 
 class Readings(NamedTuple):
     """A `View` by name. Frames: _w world, _b body (trunk); lagging ones are marked."""
 
-    joint_pos: jax.Array  # (12,) rad
-    joint_vel: jax.Array  # (12,) rad/s
+    joint_pos_rad: jax.Array  # (12,)
+    joint_vel_rad_s: jax.Array  # (12,)
     imu_pos_w: jax.Array  # (3,) m, lagging
     imu_quat_wxyz: jax.Array  # (4,) lagging
     gyro_b: jax.Array  # (3,) rad/s, lagging
@@ -63,9 +67,6 @@ class Readings(NamedTuple):
     ball_angvel_w: jax.Array  # (3,) rad/s, lagging orientation
     ball_center_pos_w: jax.Array  # (3,) m, lagging
     ball_center_vel_w: jax.Array  # (3,) m/s
-    foot_pos_w: jax.Array  # (2, 3) m, left then right, lagging
-    foot_vel_w: jax.Array  # (2, 3) m/s, lagging
-    foot_on_ground: jax.Array  # (2,) bool, lagging
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,41 @@ def _rotate(quat_wxyz: jax.Array, vector: jax.Array) -> jax.Array:
     return vector + 2.0 * jnp.cross(xyz, jnp.cross(xyz, vector) + w * vector)
 
 
+def _draw_places(uniform: Callable, mix: StartMix, is_target: jax.Array, official: jax.Array) -> tuple[jax.Array, ...]:
+    """Robot (2,), ball (2,), the robot's yaw () and the target (2,), drawn with `uniform(low, high, shape)`."""
+    # Robot: at the penalty spot, or anywhere facing the field's centre.
+    half_x, half_y = c.FIELD_HALF_LENGTH_M - c.FIELD_BORDER_M, c.FIELD_HALF_WIDTH_M - c.FIELD_BORDER_M
+    spot = jnp.array([c.PENALTY_ROBOT_X_M, 0.0])
+    anywhere = jnp.stack([uniform(-half_x, half_x), uniform(-half_y, half_y)])
+    robot_xy = jnp.where(is_target, anywhere, spot)
+    official_yaw = jnp.where(is_target, jnp.arctan2(-robot_xy[1], -robot_xy[0]), c.PENALTY_YAW_RAD)
+    yaw = official_yaw + jnp.where(official, 0.0, uniform(-mix.yaw_noise_rad, mix.yaw_noise_rad))
+
+    # Ball: straight ahead at the official distance, or nearer and to the side. In penalty kicks the
+    # ball keeps its spot and the robot moves.
+    ahead = jnp.stack([jnp.cos(official_yaw), jnp.sin(official_yaw)])
+    aside = jnp.stack([-ahead[1], ahead[0]])
+    official_distance = jnp.where(is_target, uniform(*c.TARGET_BALL_DISTANCE_M), 2.0)
+    distance = jnp.where(official, official_distance, uniform(*mix.ball_distance_m))
+    lateral = jnp.where(official, 0.0, uniform(-mix.ball_lateral_m, mix.ball_lateral_m))
+    ball_from_robot = distance * ahead + lateral * aside
+    ball_spot = jnp.array([c.PENALTY_BALL_X_M, 0.0])
+    ball_xy = jnp.where(is_target, robot_xy + ball_from_robot, ball_spot)
+    at_spot = official & ~is_target  # exact: the official heading is 3.14, not pi
+    robot_xy = jnp.where(at_spot, spot, ball_xy - ball_from_robot)
+
+    # Target: official draws until inside the field (first valid of 8), or nearer and more in front.
+    side = jnp.where(uniform(0.0, 1.0, (8,)) > 0.5, 1.0, -1.0)
+    official_y = robot_xy[1] + side * uniform(*c.TARGET_OFFSET_Y_M, (8,))
+    official_y = official_y[jnp.argmax(jnp.abs(official_y) <= half_y)]
+    official_y = jnp.clip(official_y, -half_y, half_y)  # 0.4 % of the robots beside a side line drew 8 misses
+    official_target = jnp.stack([uniform(-half_x, half_x), official_y])
+    angle = official_yaw + uniform(-mix.target_angle_rad, mix.target_angle_rad) * uniform(0.0, 1.0)
+    near = ball_xy + uniform(*mix.target_distance_m) * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    near = jnp.clip(near, jnp.array([-half_x, -half_y]), jnp.array([half_x, half_y]))
+    return robot_xy, ball_xy, yaw, jnp.where(official, official_target, near)
+
+
 class Tasks:
     """The tasks over one scene: names are looked up once, everything else is pure functions."""
 
@@ -119,10 +155,9 @@ class Tasks:
         ball_angvel_w = _rotate(ball_quat, ball_v[3:])
         # The site lies one radius below the centre and turns with the ball.
         site_to_center_w = _rotate(ball_quat, jnp.array([0.0, 0.0, c.BALL_RADIUS_M]))
-        sides = ("left", "right")
         return Readings(
-            joint_pos=view.qpos[a.joint_q],
-            joint_vel=view.qvel[a.joint_v],
+            joint_pos_rad=view.qpos[a.joint_q],
+            joint_vel_rad_s=view.qvel[a.joint_v],
             imu_pos_w=sensor("imu_pos_w"),
             imu_quat_wxyz=sensor("imu_quat_wxyz"),
             gyro_b=sensor("gyro_b"),
@@ -135,10 +170,12 @@ class Tasks:
             ball_angvel_w=ball_angvel_w,
             ball_center_pos_w=sensor("ball_site_pos_w") + site_to_center_w,
             ball_center_vel_w=ball_v[:3] + jnp.cross(ball_angvel_w, site_to_center_w),
-            foot_pos_w=jnp.stack([sensor(f"{side}_foot_pos_w") for side in sides]),
-            foot_vel_w=jnp.stack([sensor(f"{side}_foot_vel_w") for side in sides]),
-            foot_on_ground=jnp.concatenate([sensor(f"{side}_foot_ground_contacts") for side in sides]) > 0,
         )
+
+    def situation(self, view: View, state: TaskState) -> Situation:
+        """What rewards and critics look at."""
+        known = self.read(view)._asdict() | state._asdict()
+        return Situation(**{name: known[name] for name in Situation._fields})
 
     # --- reset --------------------------------------------------------------------------------------
     def reset(self, key: jax.Array, mix: StartMix) -> tuple[jax.Array, jax.Array, TaskState]:
@@ -149,55 +186,17 @@ class Tasks:
             return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
 
         task = jax.random.choice(next(keys), c.NUM_TASKS, p=jnp.array(mix.task_share)).astype(jnp.int32)
-        is_target = task == c.TARGET
         official = uniform(0.0, 1.0) < mix.official_place
-
-        # Robot: at the penalty spot, or anywhere facing the field's centre.
-        half_x, half_y = c.FIELD_HALF_LENGTH_M - c.FIELD_BORDER_M, c.FIELD_HALF_WIDTH_M - c.FIELD_BORDER_M
-        spot = jnp.array([c.PENALTY_ROBOT_X_M, 0.0])
-        anywhere = jnp.stack([uniform(-half_x, half_x), uniform(-half_y, half_y)])
-        robot_xy = jnp.where(is_target, anywhere, spot)
-        official_yaw = jnp.where(is_target, jnp.arctan2(-robot_xy[1], -robot_xy[0]), c.PENALTY_YAW_RAD)
-        yaw = official_yaw + jnp.where(official, 0.0, uniform(-mix.yaw_noise_rad, mix.yaw_noise_rad))
-
-        # Ball: straight ahead at the official distance, or nearer and to the side. In penalty kicks the
-        # ball keeps its spot and the robot moves.
-        ahead = jnp.stack([jnp.cos(official_yaw), jnp.sin(official_yaw)])
-        aside = jnp.stack([-ahead[1], ahead[0]])
-        official_distance = jnp.where(is_target, uniform(*c.TARGET_BALL_DISTANCE_M), 2.0)
-        distance = jnp.where(official, official_distance, uniform(*mix.ball_distance_m))
-        lateral = jnp.where(official, 0.0, uniform(-mix.ball_lateral_m, mix.ball_lateral_m))
-        ball_from_robot = distance * ahead + lateral * aside
-        ball_spot = jnp.array([c.PENALTY_BALL_X_M, 0.0])
-        ball_xy = jnp.where(is_target, robot_xy + ball_from_robot, ball_spot)
-        at_spot = official & ~is_target  # exact: the official heading is 3.14, not pi
-        robot_xy = jnp.where(at_spot, spot, ball_xy - ball_from_robot)
-
-        # Target: official draws until inside the field (first valid of 8), or nearer and more in front.
-        side = jnp.where(uniform(0.0, 1.0, (8,)) > 0.5, 1.0, -1.0)
-        official_y = robot_xy[1] + side * uniform(*c.TARGET_OFFSET_Y_M, (8,))
-        official_y = official_y[jnp.argmax(jnp.abs(official_y) <= half_y)]
-        official_y = jnp.clip(official_y, -half_y, half_y)  # 0.4 % of the robots beside a side line drew 8 misses
-        official_target = jnp.stack([uniform(-half_x, half_x), official_y])
-        angle = official_yaw + uniform(-mix.target_angle_rad, mix.target_angle_rad) * uniform(0.0, 1.0)
-        near = ball_xy + uniform(*mix.target_distance_m) * jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-        near = jnp.clip(near, jnp.array([-half_x, -half_y]), jnp.array([half_x, half_y]))
-        target_xy = jnp.where(official, official_target, near)
+        robot_xy, ball_xy, yaw, target_xy = _draw_places(uniform, mix, task == c.TARGET, official)
 
         # Obstacle: three defenders and the window share four slots of the goal line, in random order.
         slots = jax.random.permutation(next(keys), jnp.asarray(c.DEFENDER_SLOTS_Y_M))
         window_z = c.WINDOW_BODY_Z_M + uniform(*c.WINDOW_Z_RANGE_M)
         window = jnp.stack([jnp.array(-c.FIELD_HALF_LENGTH_M), slots[3], window_z])
-        defender_z = c.DEFENDER_BODY_Z_M + c.DEFENDER_GEOM_Z_M
-        defenders = jnp.stack(
-            [
-                jnp.stack([-c.FIELD_HALF_LENGTH_M + 0.0 * slots[i], slots[i], defender_z + 0.0 * slots[i]])
-                for i in range(3)
-            ]
-        )
-        target = jnp.select(
-            [task == c.OBSTACLE, is_target], [window, jnp.concatenate([target_xy, jnp.zeros(1)])], jnp.zeros(3)
-        )
+        goal_x, defender_z = jnp.full(3, -c.FIELD_HALF_LENGTH_M), c.DEFENDER_BODY_Z_M + c.DEFENDER_GEOM_Z_M
+        defenders = jnp.stack([goal_x, slots[:3], jnp.full(3, defender_z)], axis=1)
+        target = jnp.append(target_xy, 0.0)
+        target = jnp.select([task == c.OBSTACLE, task == c.TARGET], [window, target], jnp.zeros(3))
 
         # Pose.
         drop = uniform(0.0, 1.0) < mix.official_pose
@@ -215,16 +214,13 @@ class Tasks:
             target_pos_w=target,
             defender_pos_w=defenders,
             action_count=jnp.int32(0),
-            prev_action=jnp.zeros(c.NUM_JOINTS),
             hits=jnp.int32(0),
             in_contact=jnp.array(False),
-            shot_value=jnp.array(0.0),
-            nearest_approach_m=jnp.array(-1.0),
-            nearest_aim_m=jnp.array(-1.0),
+            **Memory.start((), jnp)._asdict(),
         )
         return qpos, jnp.zeros(self.nv), state
 
-    # --- info and observation -----------------------------------------------------------------------
+    # --- what the official `info` says -----------------------------------------------------------------------
     def keeper(self, state: TaskState) -> tuple[jax.Array, jax.Array]:
         """Keeper position y (m) and velocity (m/s) as `info` shows them: at the last step's start."""
         steps = jnp.maximum(state.action_count * c.PHYSICS_STEPS_PER_ACTION - 1, 0)
@@ -279,11 +275,6 @@ class Tasks:
             "task_index": jax.nn.one_hot(state.task, c.NUM_TASKS),
         }
 
-    def observe(self, view: View, state: TaskState) -> jax.Array:
-        """The policy's observation (87,)."""
-        a = self.address
-        return observe(view.qpos[a.joint_q], view.qvel[a.joint_v], self.info(view, state), jnp)
-
     # --- the rules ----------------------------------------------------------------------------------
     def success(self, r: Readings, state: TaskState) -> jax.Array:
         """Goal, ball in the window, or ball on the target, by task."""
@@ -324,22 +315,11 @@ class Tasks:
             return jnp.sum(gap**2) < c.BALL_RADIUS_M**2
 
         by_keeper = touches(keeper_y, keeper_half, c.KEEPER_HALF_THICKNESS_M, c.KEEPER_TOP_Z_M)
-        by_defender = jnp.any(
-            jnp.stack(
-                [
-                    touches(
-                        state.defender_pos_w[i, 1],
-                        c.DEFENDER_HALF_WIDTH_M,
-                        c.DEFENDER_HALF_THICKNESS_M,
-                        c.DEFENDER_TOP_Z_M,
-                    )
-                    for i in range(c.NUM_DEFENDERS)
-                ]
-            )
-        )
+        defender = c.DEFENDER_HALF_WIDTH_M, c.DEFENDER_HALF_THICKNESS_M, c.DEFENDER_TOP_Z_M
+        by_defender = jnp.any(jax.vmap(lambda y_center: touches(y_center, *defender))(state.defender_pos_w[:, 1]))
         return jnp.select([state.task == c.GOALIE, state.task == c.OBSTACLE], [by_keeper, by_defender], False)
 
-    def official_terms(self, r: Readings, state: TaskState, events: "Events") -> dict[str, jax.Array]:
+    def official_terms(self, r: Readings, state: TaskState, events: Events) -> dict[str, jax.Array]:
         """The raw terms of the official reward; those of the other tasks are zero."""
         distance = jnp.linalg.norm(r.ball_site_pos_w - r.imu_pos_w)
         is_target = state.task == c.TARGET
@@ -359,14 +339,7 @@ class Tasks:
             "steps": one,
         }
 
-    def official_score(self, raw_terms: dict[str, jax.Array], task: jax.Array) -> jax.Array:
-        """The platform's score if the episode ended now."""
-        score = {
-            name: sum(raw_terms[term] * weight for term, weight in weights.items()) for name, weights in WEIGHTS.items()
-        }
-        return jnp.stack([score[name] for name in c.TASKS])[task]
-
-    def events(self, view: View, state: TaskState) -> "Events":
+    def events(self, view: View, state: TaskState) -> Events:
         """What ends the episode at this view."""
         r = self.read(view)
         finite = (
@@ -392,18 +365,3 @@ class Tasks:
             hits=state.hits + (view.ball_touched & ~state.in_contact),
             in_contact=view.ball_touched,
         )
-
-
-class Events(NamedTuple):
-    """What can end an episode; each () bool."""
-
-    fallen: jax.Array
-    success: jax.Array
-    out_of_field: jax.Array
-    blocked: jax.Array
-    diverged: jax.Array  # NaN or infinity in the physics
-
-    @property
-    def terminated(self) -> jax.Array:
-        """Any of them: the episode ends without a bootstrap."""
-        return self.fallen | self.success | self.out_of_field | self.blocked | self.diverged

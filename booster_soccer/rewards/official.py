@@ -30,3 +30,12 @@ def score_terms(task: str, raw_terms: dict) -> dict[str, float]:
     """
     raw = dict(raw_terms) | {"steps": 1.0}
     return {name: weight * float(raw.get(name, 0.0)) for name, weight in WEIGHTS[task].items()}
+
+
+def official_score(raw_terms: dict, task, xp):
+    """The platform's score (...) of raw reward terms, each (...) of every name in `WEIGHTS`, if the episode ended now.
+
+    `task` (...) is the index into `constants.TASKS`; `xp` is numpy or jax.numpy.
+    """
+    scores = [sum(raw_terms[term] * weight for term, weight in WEIGHTS[name].items()) for name in c.TASKS]
+    return xp.select([task == i for i in range(c.NUM_TASKS)], scores)

@@ -1,7 +1,8 @@
 """Collection: every lane acts, the buffer takes what came of it, and the learner its updates.
 
-Two loops with one face: `NativeLoop` (physics on C threads, learning in XLA) and `MjxLoop` (all in one jitted
-loop). Both give their whole state as arrays, so that a run can go on exactly where it was.
+What happens in an iteration besides the physics is one body (`Iteration`), pure functions of the lanes and of the
+iteration's number. Two loops drive it: `NativeLoop` (physics on C threads, learning in XLA) and `MjxLoop` (all in one
+jitted loop). Both give their whole state as arrays, so that a run can go on exactly where it was.
 """
 
 import functools
@@ -19,7 +20,7 @@ from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.native_engine import NativeEngine
 from booster_soccer.envs.pd import joint_target_rad
 from booster_soccer.envs.randomization import level
-from booster_soccer.envs.tasks import StartMix, Tasks, TaskState
+from booster_soccer.envs.tasks import StartMix, Tasks, TaskState, View
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
@@ -49,14 +50,6 @@ class CollectConfig:
     dr_level: int = 0  # domain randomisation, 0 (none) to 3
     starts: StartMix = StartMix()
     weights: DenseWeights = DenseWeights()
-
-
-def add_observation_noise(state: SacState, critic_obs: jax.Array, key: jax.Array, std: float) -> jax.Array:
-    """Noise of the randomisation level on the policy's part (the first 87), in the normaliser's standard deviations."""
-    if std == 0.0:
-        return critic_obs
-    noise = std * state.normalizer.std * jax.random.normal(key, (*critic_obs.shape[:-1], OBS_SIZE))
-    return critic_obs.at[..., :OBS_SIZE].add(noise)
 
 
 # --- episode statistics ---------------------------------------------------------------------------------
@@ -110,31 +103,111 @@ def iteration_sums(outcome: Outcome, task_state: TaskState) -> dict[str, jax.Arr
     return {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
 
 
+# --- one body for both engines ------------------------------------------------------------------------------
+
+
+class Lanes(NamedTuple):
+    """What lanes carry besides their physics, leading axis B."""
+
+    task_state: TaskState
+    critic_obs: jax.Array  # (B, 109) as the learner sees it: with the randomisation level's noise
+    first_cut: jax.Array  # (B,) int32 action at which the lane's first episode is cut; -1 after that
+
+
 def select_lanes(done: jax.Array, if_done, if_not):
     """Lane by lane choice between two pytrees with leading axis B."""
     return jax.tree.map(lambda x, y: jnp.where(done.reshape(done.shape + (1,) * (x.ndim - 1)), x, y), if_done, if_not)
 
 
-def ramp(config: CollectConfig, steps: jax.Array) -> jax.Array:
-    """How far, in [0, 1], the run is on its way between the pairs of its settings."""
-    first, last = config.ramp_steps
-    return jnp.clip((steps - first) / (last - first), 0.0, 1.0)
+class Iteration:
+    """One action of all lanes but for the physics. `count` numbers the iterations from 1; 0 is the start.
+
+    Every draw has its own key, made from `count`, so that no draw depends on what happened before.
+    """
+
+    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int):
+        self.config, self.sac, self.tasks = config, sac, tasks
+        self.noise_std = level(config.dr_level).obs_noise_std
+        self._keys = jax.random.split(jax.random.key(seed + 1), 4)
+
+    def _key(self, purpose: int, count: jax.Array) -> jax.Array:
+        return jax.random.fold_in(self._keys[purpose], count)
+
+    def ramp(self, count: jax.Array) -> jax.Array:
+        """How far, in [0, 1], the run is on its way between the pairs of its settings."""
+        first, last = self.config.ramp_steps
+        return jnp.clip((count * self.config.num_envs - first) / (last - first), 0.0, 1.0)
+
+    def act(self, state: SacState, lanes: Lanes, count: jax.Array) -> jax.Array:
+        """Exploring actions (B, 12)."""
+        return self.sac.act(state, lanes.critic_obs[:, :OBS_SIZE], self._key(0, count))
+
+    def start(self, count: jax.Array) -> tuple[jax.Array, jax.Array, TaskState]:
+        """Fresh starts for all lanes, drawn from the starts of the moment: qpos, qvel and task state."""
+        shares = (jnp.asarray(self.config.first_task_share), jnp.asarray(self.config.starts.task_share))
+        mix = replace(self.config.starts, task_share=between(shares, self.ramp(count)))
+        keys = jax.random.split(self._key(2, count), self.config.num_envs)
+        return jax.vmap(lambda key: self.tasks.reset(key, mix))(keys)
+
+    def observe(self, state: SacState, view: View, task_state: TaskState, count: jax.Array) -> jax.Array:
+        """What the learner sees (B, 109) of lanes that have just started."""
+        critic_obs = jax.vmap(functools.partial(critic_observation, self.tasks))(view, task_state)
+        return self._with_noise(state, critic_obs, self._key(3, count))
+
+    def _with_noise(self, state: SacState, critic_obs: jax.Array, key: jax.Array) -> jax.Array:
+        """Noise of the randomisation level on the policy's part, in the normaliser's standard deviations."""
+        if self.noise_std == 0.0:
+            return critic_obs
+        noise = self.noise_std * state.normalizer.std * jax.random.normal(key, (*critic_obs.shape[:-1], OBS_SIZE))
+        return critic_obs.at[..., :OBS_SIZE].add(noise)
+
+    def after(self, state: SacState, lanes: Lanes, view: View, action: jax.Array, count: jax.Array):
+        """What actions (B, 12) brought, from the view after the physics.
+
+        Returns the learner's state (its normaliser has seen more), the lanes, which of them ended (B,), the
+        transitions, and the sums for the log.
+        """
+        fall_share = between(self.config.fall_share, self.ramp(count))
+        weights = replace(self.config.weights, fallen=self.config.weights.fallen * fall_share)
+        task_state, outcome = jax.vmap(
+            lambda view, task_state, action: advance(
+                self.tasks, view, task_state, action, weights, self.config.max_actions
+            )
+        )(view, lanes.task_state, action)
+        seen = self._with_noise(state, outcome.critic_obs, self._key(1, count))
+        rows = Batch(lanes.critic_obs, action, outcome.reward, seen, outcome.terminated.astype(jnp.float32))
+        # Each lane's first episode is cut somewhere, so that the lanes do not reset all at once later.
+        first_cut = task_state.action_count == lanes.first_cut
+        done = outcome.terminated | outcome.truncated | first_cut
+        lanes = Lanes(task_state, seen, jnp.where(done, -1, lanes.first_cut))
+        state = state._replace(normalizer=state.normalizer.update(seen[:, :OBS_SIZE]))
+        return state, lanes, done, rows, iteration_sums(outcome, task_state)
+
+    def restart(
+        self, state: SacState, lanes: Lanes, done: jax.Array, task_state: TaskState, view: View, count
+    ) -> Lanes:
+        """The lanes after fresh starts of those that ended."""
+        task_state = select_lanes(done, task_state, lanes.task_state)
+        fresh = self.observe(state, view, task_state, count)
+        return Lanes(task_state, select_lanes(done, fresh, lanes.critic_obs), lanes.first_cut)
 
 
-def start_mix(config: CollectConfig, progress: jax.Array) -> StartMix:
-    """The starts of the moment."""
-    shares = map(jnp.asarray, (config.first_task_share, config.starts.task_share))
-    return replace(config.starts, task_share=between(tuple(shares), progress))
+def first_cuts(config: CollectConfig, rng: np.random.Generator) -> np.ndarray:
+    """Where each lane's first episode is cut, (B,) int32."""
+    return rng.integers(1, config.max_actions + 1, config.num_envs).astype(np.int32)
 
 
-def lanes_advance(config: CollectConfig, tasks: Tasks):
-    """`advance` over lanes, with the fall penalty of the moment."""
+def lane_arrays(lanes: Lanes) -> dict[str, np.ndarray]:
+    """Lanes by name."""
+    arrays = {f"task.{name}": values for name, values in lanes.task_state._asdict().items()}
+    arrays |= {"critic_obs": lanes.critic_obs, "first_cut": lanes.first_cut}
+    return {name: np.asarray(values) for name, values in arrays.items()}
 
-    def one(view, task_state, action, progress):
-        weights = replace(config.weights, fallen=config.weights.fallen * between(config.fall_share, progress))
-        return advance(tasks, view, task_state, action, weights, config.max_actions)
 
-    return jax.vmap(one, in_axes=(0, 0, 0, None))
+def lanes_from(arrays: dict[str, np.ndarray]) -> Lanes:
+    """Lanes from `lane_arrays`."""
+    task_state = {name: jnp.array(values) for name, values in named(arrays, "task.").items()}
+    return Lanes(TaskState(**task_state), jnp.array(arrays["critic_obs"]), jnp.array(arrays["first_cut"]))
 
 
 # --- native engine: physics on C threads, learning in XLA -------------------------------------------------
@@ -145,58 +218,21 @@ class NativeLoop:
 
     ITERATIONS_PER_CALL = 1
 
-    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int):
+    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int, state: SacState):
         self.config = config
-        self.engine = NativeEngine(config.num_envs, num_threads=usable_cores(), dr_level=config.dr_level,
-                                   seed=seed)  # fmt: skip
-        self.count = 0  # iterations: every draw has its own number, whatever other lanes do
+        self.engine = NativeEngine(config.num_envs, num_threads=usable_cores(), dr_level=config.dr_level, seed=seed)
+        self.count = 0  # iterations
         self.rng = np.random.default_rng(seed)
-        noise = level(config.dr_level).obs_noise_std
-        advance_lanes = lanes_advance(config, tasks)
-        observe = jax.vmap(functools.partial(critic_observation, tasks))
-
-        # Each jitted function derives its key from the iteration's number, to spare a dispatch per split.
-        act_key, noise_key, reset_key = jax.random.split(jax.random.key(seed + 1), 3)
-
-        @jax.jit
-        def act(state, obs, count):
-            return sac.act(state, obs, jax.random.fold_in(act_key, count))
-
-        @jax.jit
-        def after_physics(state, view, task_state, action, count):
-            task_state, outcome = advance_lanes(view, task_state, action, ramp(config, count * config.num_envs))
-            seen = add_observation_noise(state, outcome.critic_obs, jax.random.fold_in(noise_key, count), noise)
-            return (
-                task_state,
-                outcome._replace(critic_obs=seen),
-                iteration_sums(outcome, task_state),
-                state.normalizer.update(seen[:, :OBS_SIZE]),
-            )
-
-        @jax.jit
-        def reset(count):
-            keys = jax.random.split(jax.random.fold_in(reset_key, count), config.num_envs)
-            mix = start_mix(config, ramp(config, count * config.num_envs))
-            return jax.vmap(lambda k: tasks.reset(k, mix))(keys)
-
-        @jax.jit
-        def restart(done, fresh, task_state, view, seen):
-            task_state = select_lanes(done, fresh, task_state)
-            return task_state, select_lanes(done, observe(view, task_state), seen)
-
-        self._act, self._after_physics, self._reset, self._restart = act, after_physics, reset, restart
+        body = Iteration(config, sac, tasks, seed)
+        self._ramp = jax.jit(body.ramp)
+        self._act, self._after = jax.jit(body.act), jax.jit(body.after)
+        self._start, self._restart = jax.jit(body.start), jax.jit(body.restart)
         self._update = jax.jit(sac.update_many, donate_argnums=0)
         self.replay = Replay(config.buffer_size, ROW_SHAPES)
-        qpos, qvel, self.task_state = self._reset(self.count)
+        qpos, qvel, task_state = self._start(self.count)
         self.engine.reset(np.arange(config.num_envs), np.asarray(qpos), np.asarray(qvel))
-        # Each lane's first episode is cut somewhere, so that the lanes do not reset all at once later.
-        self._first_cut = self.rng.integers(1, config.max_actions + 1, config.num_envs)
-        self.critic_obs = jax.jit(observe)(self.engine.view(), self.task_state)
-
-    @property
-    def obs(self) -> jax.Array:
-        """Current observations (B, 87)."""
-        return self.critic_obs[:, :OBS_SIZE]
+        seen = jax.jit(body.observe)(state, self.engine.view(), task_state, self.count)
+        self.lanes = Lanes(task_state, seen, jnp.asarray(first_cuts(config, self.rng)))
 
     def _sample(self) -> Batch:
         shape = (self.config.updates_per_iteration, self.config.batch_size)
@@ -205,50 +241,26 @@ class NativeLoop:
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """One action in every lane, and the updates that belong to it."""
         self.count += 1
-        action = np.asarray(self._act(state, self.obs, self.count))
+        action = np.asarray(self._act(state, self.lanes, self.count))
         self.engine.step(np.asarray(joint_target_rad(action)))
-        self.task_state, outcome, sums, normalizer = self._after_physics(
-            state, self.engine.view(), self.task_state, action, self.count
-        )
+        state, self.lanes, done, rows, sums = self._after(state, self.lanes, self.engine.view(), action, self.count)
         statistics.add(sums)
-        state = state._replace(normalizer=normalizer)
-        self.replay.add(
-            critic_obs=np.asarray(self.critic_obs),
-            action=action,
-            reward=np.asarray(outcome.reward),
-            next_critic_obs=np.asarray(outcome.critic_obs),
-            terminated=np.asarray(outcome.terminated, np.float32),
-        )
-        self.critic_obs = self._reset_done(outcome)
+        self.replay.add(**{name: np.asarray(values) for name, values in rows._asdict().items()})
+        ended = np.flatnonzero(np.asarray(done))
+        if len(ended):
+            qpos, qvel, task_state = self._start(self.count)
+            self.engine.reset(ended, np.asarray(qpos)[ended], np.asarray(qvel)[ended])
+            self.lanes = self._restart(state, self.lanes, done, task_state, self.engine.view(), self.count)
         metrics: dict = {}
         if learn:
-            state, metrics = self._update(state, self._sample(), ramp(self.config, self.count * self.config.num_envs))
+            state, metrics = self._update(state, self._sample(), self._ramp(self.count))
             jax.block_until_ready(metrics)  # physics threads and XLA's in turn: at once they fight for the cores
         return state, metrics
-
-    def _reset_done(self, outcome: Outcome) -> jax.Array:
-        done = np.asarray(outcome.terminated) | np.asarray(outcome.truncated)
-        first_cut = np.asarray(self.task_state.action_count) == self._first_cut
-        self._first_cut = np.where(done | first_cut, -1, self._first_cut)  # once a lane, never again
-        done = done | first_cut
-        if not done.any():
-            return outcome.critic_obs
-        qpos, qvel, fresh = self._reset(self.count)
-        lanes = np.flatnonzero(done)
-        self.engine.reset(lanes, np.asarray(qpos)[lanes], np.asarray(qvel)[lanes])
-        self.task_state, seen = self._restart(done, fresh, self.task_state, self.engine.view(), outcome.critic_obs)
-        return seen
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
         arrays = {f"engine.{name}": values for name, values in self.engine.arrays().items()}
-        arrays |= {f"task.{name}": np.asarray(values) for name, values in self.task_state._asdict().items()}
-        return arrays | {
-            "critic_obs": np.asarray(self.critic_obs),
-            "first_cut": self._first_cut,
-            "count": np.array(self.count),
-            "rng": rng_array(self.rng),
-        }
+        return arrays | lane_arrays(self.lanes) | {"count": np.array(self.count), "rng": rng_array(self.rng)}
 
     def restore(self, arrays: dict[str, np.ndarray], replay: Replay) -> None:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
@@ -256,10 +268,7 @@ class NativeLoop:
         if not 0 <= arrays["count"] < 2**31:
             raise UserError(f"the saved state of the lanes counts {arrays['count']} iterations: use an older one")
         self.engine.restore(named(arrays, "engine."))
-        self.task_state = TaskState(**{name: jnp.array(values) for name, values in named(arrays, "task.").items()})
-        self.critic_obs = jnp.array(arrays["critic_obs"])
-        self._first_cut = arrays["first_cut"].copy()
-        self.count = int(arrays["count"])
+        self.lanes, self.count = lanes_from(arrays), int(arrays["count"])
         restore_rng(self.rng, arrays["rng"])
         self.replay = replay
 
@@ -275,11 +284,9 @@ class MjxCarry(NamedTuple):
     """What the jitted loop carries besides the learner."""
 
     data: object  # mjx.Data, leading axis B
-    task_state: TaskState
-    critic_obs: jax.Array  # (B, 109)
+    lanes: Lanes
     buffer: Batch  # leading axis = capacity
-    added: jax.Array  # () rows ever: the next one goes to this, modulo the capacity
-    key: jax.Array
+    count: jax.Array  # () iterations
 
 
 # What a physics step reads of `mjx.Data`, and the sensors that the next observation may read.
@@ -308,104 +315,89 @@ class MjxLoop:
 
     ITERATIONS_PER_CALL = 20
 
-    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int):
+    def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int, state: SacState):
         from booster_soccer.envs.mjx_engine import MjxEngine  # slow to import, and not needed where there is no GPU
 
-        self.config = config
-        engine = MjxEngine(config.num_envs, config.dr_level, seed)
-        noise = level(config.dr_level).obs_noise_std
-        n, capacity = config.num_envs, config.buffer_size - config.buffer_size % config.num_envs
-        advance_lanes = lanes_advance(config, tasks)
-        untouched = jnp.zeros(n, bool)
+        self.config, self.sac = config, sac
+        self.engine = MjxEngine(config.num_envs, config.dr_level, seed)
+        self.body = Iteration(config, sac, tasks, seed)
+        self.capacity = config.buffer_size - config.buffer_size % config.num_envs
+        self._sample_key = jax.random.key(seed)
+        self._run = jax.jit(self._iterations, donate_argnums=(0, 1))
+        data, task_state, view = jax.jit(self._start)(0)
+        seen = jax.jit(self.body.observe)(state, view, task_state, 0)
+        cuts = jnp.asarray(first_cuts(config, np.random.default_rng(seed)))
+        buffer = Batch(**{name: jnp.zeros((self.capacity, *shape)) for name, shape in ROW_SHAPES.items()})
+        self.carry = MjxCarry(data, Lanes(task_state, seen, cuts), buffer, jnp.int32(0))
 
-        def start(key, progress):
-            mix = start_mix(config, progress)
-            qpos, qvel, task_state = jax.vmap(lambda k: tasks.reset(k, mix))(jax.random.split(key, n))
-            data = engine.reset(qpos, qvel)
-            observe = jax.vmap(functools.partial(critic_observation, tasks))
-            return data, task_state, observe(engine.view(data, untouched), task_state)
+    def _start(self, count: jax.Array):
+        """Fresh starts for all lanes: data, task state and view."""
+        qpos, qvel, task_state = self.body.start(count)
+        data = self.engine.reset(qpos, qvel)
+        view = self.engine.view(data, jnp.zeros(self.config.num_envs, bool))
+        return data, task_state, view
 
-        def iterate(carry, learn):
-            state, loop = carry
-            key, act_key, noise_key, reset_key, sample_key = jax.random.split(loop.key, 5)
-            action = sac.act(state, loop.critic_obs[:, :OBS_SIZE], act_key)
-            data, touched = engine.step(loop.data, joint_target_rad(action))
-            progress = ramp(config, loop.added)
-            task_state, outcome = advance_lanes(engine.view(data, touched), loop.task_state, action, progress)
-            seen = add_observation_noise(state, outcome.critic_obs, noise_key, noise)
-            rows = Batch(loop.critic_obs, action, outcome.reward, seen, outcome.terminated.astype(jnp.float32))
-            buffer = jax.tree.map(
-                lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, loop.added % capacity, 0), loop.buffer, rows
-            )
-            added = loop.added + n
-            filled = jnp.minimum(added, capacity)
-            sums = iteration_sums(outcome, task_state)
-            state = state._replace(normalizer=state.normalizer.update(seen[:, :OBS_SIZE]))
-            index = jax.random.randint(sample_key, (config.updates_per_iteration, config.batch_size), 0, filled)
-            batches = jax.tree.map(lambda b: b[index], buffer)
-            # One compiled program for both phases: the physics is most of what there is to compile.
-            _, shapes = jax.eval_shape(sac.update_many, state, batches, progress)
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            state, metrics = jax.lax.cond(learn, sac.update_many, lambda s, *_: (s, nothing), state, batches, progress)
-            done = outcome.terminated | outcome.truncated
-            fresh_data, fresh_task, fresh_seen = start(reset_key, progress)
-            data = select_lanes(done, fresh_data, data)
-            task_state = select_lanes(done, fresh_task, task_state)
-            seen = select_lanes(done, fresh_seen, seen)
-            loop = MjxCarry(data, task_state, seen, buffer, added, key)
-            return (state, loop), (sums, metrics)
+    def _iterate(self, state: SacState, carry: MjxCarry, learn: jax.Array):
+        """One action in every lane, and its updates."""
+        config, body, n = self.config, self.body, self.config.num_envs
+        count = carry.count + 1
+        action = body.act(state, carry.lanes, count)
+        data, touched = self.engine.step(carry.data, joint_target_rad(action))
+        state, lanes, done, rows, sums = body.after(state, carry.lanes, self.engine.view(data, touched), action, count)
+        buffer = jax.tree.map(
+            lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, carry.count * n % self.capacity, 0),
+            carry.buffer,
+            rows,
+        )
+        fresh, task_state, view = self._start(count)
+        data = select_lanes(done, fresh, data)
+        lanes = body.restart(state, lanes, done, task_state, view, count)
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def run(state, loop, learn):
-            (state, loop), (sums, metrics) = jax.lax.scan(
-                lambda carry, _: iterate(carry, learn), (state, loop), length=self.ITERATIONS_PER_CALL
-            )
-            return state, loop, jax.tree.map(jnp.sum, sums), jax.tree.map(jnp.mean, metrics)
+        filled = jnp.minimum(count * n, self.capacity)
+        shape = (config.updates_per_iteration, config.batch_size)
+        index = jax.random.randint(jax.random.fold_in(self._sample_key, count), shape, 0, filled)
+        batches, ramp = jax.tree.map(lambda b: b[index], buffer), body.ramp(count)
+        # One compiled program for both phases: the physics is most of what there is to compile.
+        _, shapes = jax.eval_shape(self.sac.update_many, state, batches, ramp)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        state, metrics = jax.lax.cond(learn, self.sac.update_many, lambda s, *_: (s, nothing), state, batches, ramp)
+        return state, MjxCarry(data, lanes, buffer, count), (sums, metrics)
 
-        self._run = run
-        key, start_key = jax.random.split(jax.random.key(seed + 1))
-        data, task_state, seen = jax.jit(start)(start_key, 0.0)
-        buffer = Batch(**{name: jnp.zeros((capacity, *shape)) for name, shape in ROW_SHAPES.items()})
-        self.loop = MjxCarry(data, task_state, seen, buffer, jnp.int32(0), key)
-        self.added = 0  # rows ever
+    def _iterations(self, state: SacState, carry: MjxCarry, learn: jax.Array):
+        def one(both, _):
+            state, carry, out = self._iterate(*both, learn)
+            return (state, carry), out
+
+        (state, carry), (sums, metrics) = jax.lax.scan(one, (state, carry), length=self.ITERATIONS_PER_CALL)
+        return state, carry, jax.tree.map(jnp.sum, sums), jax.tree.map(jnp.mean, metrics)
 
     @property
-    def obs(self) -> jax.Array:
-        """Current observations (B, 87)."""
-        return self.loop.critic_obs[:, :OBS_SIZE]
+    def lanes(self) -> Lanes:
+        """The lanes now."""
+        return self.carry.lanes
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
-        state, self.loop, sums, metrics = self._run(state, self.loop, jnp.array(learn))
-        self.added += self.config.num_envs * self.ITERATIONS_PER_CALL
+        state, self.carry, sums, metrics = self._run(state, self.carry, jnp.array(learn))
         statistics.add(sums)
         return state, metrics
 
     @property
-    def replay(self) -> "DeviceReplay":
+    def replay(self) -> DeviceReplay:
         """The buffer, for saving."""
-        return DeviceReplay(self.loop.buffer, self.added)
+        return DeviceReplay(self.carry.buffer, int(self.carry.count) * self.config.num_envs)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
-        arrays = {f"data.{name}": getattr(self.loop.data, name) for name in _MJX_STATE}
-        arrays |= {f"task.{name}": values for name, values in self.loop.task_state._asdict().items()}
-        arrays |= {"critic_obs": self.loop.critic_obs, "key": jax.random.key_data(self.loop.key)}
-        return {name: np.asarray(values) for name, values in arrays.items()}
+        arrays = {f"data.{name}": np.asarray(getattr(self.carry.data, name)) for name in _MJX_STATE}
+        return arrays | lane_arrays(self.lanes) | {"count": np.asarray(self.carry.count)}
 
     def restore(self, arrays: dict[str, np.ndarray], replay: Replay) -> None:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
         check_like(arrays, self.arrays(), "the saved state of the lanes")
-        arrays = {name: jnp.array(values) for name, values in arrays.items()}
-        self.added = replay.added
-        self.loop = MjxCarry(
-            self.loop.data.replace(**named(arrays, "data.")),
-            TaskState(**named(arrays, "task.")),
-            arrays["critic_obs"],
-            Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()}),
-            jnp.int32(replay.added),
-            jax.random.wrap_key_data(arrays["key"]),
-        )
+        data = {name: jnp.array(values) for name, values in named(arrays, "data.").items()}
+        buffer = Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()})
+        self.carry = MjxCarry(self.carry.data.replace(**data), lanes_from(arrays), buffer, jnp.asarray(arrays["count"]))
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -5,8 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from booster_soccer.envs import constants as c
-from booster_soccer.envs.official import Episode, Policy
-from booster_soccer.envs.twin import run_episodes
+from booster_soccer.rollout.play import Episode, Policy, play_in_workers
 
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 
@@ -41,7 +40,8 @@ class Scores(NamedTuple):
 
 def judge(policy: Policy, seeds: list[int], start_noise_rad: float = START_NOISE_RAD) -> Scores:
     """Play a policy on every seed in every task. An exception in the caller ends the workers at once."""
-    results = run_episodes(policy, [Episode(task, seed) for task in c.TASKS for seed in seeds], start_noise_rad)
+    episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
+    results = play_in_workers("twin", policy, episodes, start_noise_rad)
 
     def table(name: str) -> np.ndarray:
         return np.array([float(getattr(result, name)) for result in results]).reshape(c.NUM_TASKS, len(seeds))

@@ -12,13 +12,14 @@ import gymnasium as gym
 import numpy as np
 
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, scene
+from booster_soccer.envs import official, pd, scene, situation
 from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.official import Ball
+from booster_soccer.envs.situation import Events, Situation
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rewards.official import WEIGHTS, score_terms
+from booster_soccer.rewards.official import WEIGHTS, official_score, score_terms
 
 
 class Outcome(NamedTuple):
@@ -121,6 +122,19 @@ class OfficialLanes:
     def aim_pos_w(self) -> np.ndarray:
         return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self.lane.info["target_xpos_rel_robot"][None])
 
+    def situation(self) -> Situation:
+        """What the dense reward looks at, leading axis 1."""
+        info = {name: np.asarray(value)[None] for name, value in self.lane.info.items() if name != "reward_terms"}
+        return situation.from_official(
+            self.lane.obs[None], info, self.ball.centre_pos_w, self.ball.centre_vel_w, self.steps
+        )
+
+    def events(self, diverged: np.ndarray) -> Events:
+        """What ended the lane's episode, (1,) each; `diverged` (1,) is the caller's judgement."""
+        terms = {name: np.array([value]) for name, value in self.lane.info["reward_terms"].items()}
+        success = {"success": np.array([self.lane.info["success"]])}
+        return situation.official_events(self.situation(), success, terms, diverged)
+
 
 class TwinLanes:
     """Lanes of one task in the official environment's twin."""
@@ -171,6 +185,15 @@ class TwinLanes:
     def aim_pos_w(self) -> np.ndarray:
         return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self._info["target_xpos_rel_robot"])
 
+    def situation(self) -> Situation:
+        """What the dense reward looks at, leading axis B."""
+        ball = self.env.ball
+        return situation.from_official(self._obs, self._info, ball.centre_pos_w, ball.centre_vel_w, self.env.steps)
+
+    def events(self, diverged: np.ndarray) -> Events:
+        """What ended the lanes' episodes, (B,) each; `diverged` (B,) is the caller's judgement."""
+        return situation.official_events(self.situation(), self._info, self._raw_terms, diverged)
+
 
 class SceneLanes:
     """Lanes of the pre-training scene under native MuJoCo; the tasks take turns: lane i plays task i modulo three.
@@ -184,12 +207,13 @@ class SceneLanes:
 
         from booster_soccer.envs.native_engine import NativeEngine
         from booster_soccer.envs.tasks import StartMix, Tasks
+        from booster_soccer.rollout import episode
 
         self.tasks = [c.TASKS[lane % c.NUM_TASKS] for lane in range(num_lanes)]
-        self._rules, self._jax = Tasks(), jax
+        self._rules, self._jax, self._observe_lane = Tasks(), jax, episode.observe
         self._engine = NativeEngine(num_lanes, num_threads=num_threads or usable_cores())
         self._official = {task: official.make(task) for task in set(self.tasks)}
-        self._observe = jax.jit(jax.vmap(self._rules.observe))
+        self._observe = jax.jit(jax.vmap(lambda view, state: episode.observe(self._rules, view, state)))
         self._advance = jax.jit(jax.vmap(self._advance_lane))
         # Every lane stands somewhere until it is reset, so that its physics is sound.
         qpos, qvel, fresh = jax.jit(lambda key: self._rules.reset(key, StartMix()))(jax.random.key(0))
@@ -208,7 +232,8 @@ class SceneLanes:
         r, events = rules.read(view), rules.events(view, after)
         raw = rules.official_terms(r, after, events)
         ball = Ball(r.ball_center_pos_w, r.ball_center_vel_w, r.ball_site_pos_w, r.ball_site_vel_w)
-        return after, rules.observe(view, after), r.imu_pos_w, ball, events, raw, rules.official_score(raw, after.task)
+        score = official_score(raw, after.task, self._jax.numpy)
+        return after, self._observe_lane(rules, view, after), r.imu_pos_w, ball, events, raw, score
 
     def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
         lanes, address = np.asarray(lanes, int), self._rules.address

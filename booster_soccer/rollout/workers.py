@@ -1,4 +1,4 @@
-"""Lanes of the three football tasks in worker processes: what fine-tuning trains and validates in.
+"""Lanes of the three football tasks in worker processes: what fine-tuning trains in.
 
 A lane plays one task at 50 Hz: an action in, ten physics steps with its joint target held, the next
 observation out; an ended episode is followed by a fresh one at once. Lanes move in lockstep, so nothing
@@ -13,11 +13,13 @@ import numpy as np
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.cores import usable_cores
+from booster_soccer.envs.situation import Memory, Situation
 from booster_soccer.errors import UserError
-from booster_soccer.rewards.finetune import Reading
-from booster_soccer.rollout.lanes import Lanes, OfficialLanes, TwinLanes
-from booster_soccer.rollout.play import Episode, EpisodeResult, Policy, episode_seed, play
+from booster_soccer.rewards.dense import DenseWeights
+from booster_soccer.rollout.lanes import OfficialLanes, TwinLanes
+from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.processes import Workers
+from booster_soccer.rollout.shaping import DenseLanes
 
 BACKENDS = ("official", "twin")
 # Nothing on this field is so fast; MuJoCo is, when it finds NaN and starts again by itself.
@@ -27,46 +29,46 @@ _MAX_JUMP_M = 0.5  # in one action: 25 m/s
 class LaneStep(NamedTuple):
     """What one action brought, for B lanes."""
 
-    obs: np.ndarray  # (B, 87) float32 true next observation, also where the episode ended
-    reading: Reading  # (B, 3) each, for the dense reward
+    critic_obs: np.ndarray  # (B, 109) float32 what truly came next, also where the episode ended
+    dense: np.ndarray  # (B,) dense reward
+    dense_terms: dict[str, np.ndarray]  # raw, each (B,)
     terminated: np.ndarray  # (B,) bool: the episode ended by its rules, no bootstrap
-    truncated: np.ndarray  # (B,) bool: the episode ended by time, bootstrap from `obs`
+    truncated: np.ndarray  # (B,) bool: the episode ended by time, bootstrap from `critic_obs`
     score: np.ndarray  # (B,) official score where the episode ended, else 0
     physics_steps: np.ndarray  # (B,) length of the episode so far
     fell: np.ndarray  # (B,) bool, where the episode ended
     success: np.ndarray  # (B,) bool, where the episode ended
-    next_obs: np.ndarray  # (B, 87) float32 observation to act on: that of a fresh start after an end
-    next_reading: Reading  # (B, 3) each, likewise
+    next_critic_obs: np.ndarray  # (B, 109) float32 what to act on: that of a fresh start after an end
 
 
-def read(lanes: Lanes) -> Reading:
-    """What the dense reward needs of lanes beside their observations."""
-    ball = lanes.ball
-    return Reading(lanes.imu_pos_w, ball.centre_pos_w, ball.centre_vel_w, lanes.aim_pos_w)
-
-
-def _jumped(before: Reading, after: Reading) -> np.ndarray:
+def _jumped(before: Situation, after: Situation) -> np.ndarray:
     """Lanes (B,) whose simulation broke: numbers that are not finite, or a jump no body can make."""
-    moves = [after.robot_pos_w - before.robot_pos_w, after.ball_centre_pos_w - before.ball_centre_pos_w]
-    broken = ~np.isfinite(after.ball_centre_vel_w).all(axis=-1)
-    for move in moves:
-        broken |= ~(np.linalg.norm(move, axis=-1) < _MAX_JUMP_M)
+    broken = ~np.isfinite(after.ball_center_vel_w).all(axis=-1)
+    for name in ("imu_pos_w", "ball_center_pos_w"):
+        broken |= ~(np.linalg.norm(getattr(after, name) - getattr(before, name), axis=-1) < _MAX_JUMP_M)
     return broken
 
 
 class EndlessLanes:
     """Lanes of one task: episodes one after another, each from its own seed."""
 
-    def __init__(self, backend: str, task: str, keys: list[tuple[int, ...]], start_noise_rad: float):
+    def __init__(
+        self,
+        backend: str,
+        task: str,
+        keys: list[tuple[int, ...]],
+        start_noise_rad: float,
+        weights: DenseWeights,
+    ):
         """Lane i's episode number e starts from `episode_seed(*keys[i], e)`."""
-        self._make = TwinLanes if backend == "twin" else lambda task, _: OfficialLanes(task)
-        self.lanes: Lanes = self._make(task, len(keys))
+        self.lanes = TwinLanes(task, len(keys)) if backend == "twin" else OfficialLanes(task)
+        self.dense = DenseLanes(len(keys), weights)
         self._keys, self._start_noise_rad = keys, start_noise_rad
         self._episode = np.zeros(len(keys), dtype=np.int64)
         self._actions: list[list[np.ndarray]] = [[] for _ in keys]  # of the running episodes
 
-    def start(self) -> tuple[np.ndarray, Reading]:
-        """Begin the present episodes and play what was played in them: observations (B, 87), readings."""
+    def start(self) -> np.ndarray:
+        """Begin the present episodes and play what was played in them: what critics see (B, 109)."""
         lengths = np.array([len(played) for played in self._actions])
         rounds = lengths.max()
         self._reset(np.arange(len(lengths)))
@@ -78,57 +80,51 @@ class EndlessLanes:
                 actions[lane] = self._actions[lane][round_ - rounds]
             self.lanes.hold(actions)
         self._reset(np.flatnonzero(lengths == 0))
-        self._now = self.lanes.observe(), read(self.lanes)
-        return self._now
+        self._now = self.lanes.situation()
+        return self.dense.start(self.lanes.observe(), self._now, lengths == 0)
 
     def step(self, actions: np.ndarray) -> LaneStep:
         """Play one action (B, 12) in [-1, 1] in each lane."""
         for played, action in zip(self._actions, actions):
             played.append(action.copy())
         terminated, truncated = self.lanes.hold(actions)
-        obs, reading, length = self.lanes.observe(), read(self.lanes), self.lanes.steps
+        now, length = self.lanes.situation(), self.lanes.steps
         # On NaN MuJoCo itself starts again, from the model's zero pose, and the environment plays on. The
-        # learner must not see that jump: the episode ends there, with the last good numbers and no score.
-        broken = _jumped(self._now[1], reading)
-        obs = np.where(broken[:, None], self._now[0], obs)
-        reading = Reading(*(np.where(broken[:, None], old, new) for old, new in zip(self._now[1], reading)))
+        # learner must not see that jump: the episode ends there, without a score.
+        broken = _jumped(self._now, now)
         terminated = terminated | broken
         truncated = truncated & ~terminated
-        ended = np.flatnonzero(terminated | truncated)
+        with np.errstate(all="ignore"):  # of a broken lane
+            shaped = self.dense.step(self.lanes.observe(), now, self.lanes.events(broken), actions.astype(np.float64))
+        ended = terminated | truncated
         score, fell, success = np.zeros(len(actions)), np.zeros(len(actions), bool), np.zeros(len(actions), bool)
-        for lane in ended:
+        for lane in np.flatnonzero(ended):
             if not broken[lane]:
                 outcome = self.lanes.outcome(lane)
                 score[lane], fell[lane], success[lane] = outcome.score, outcome.fell, outcome.success
             self._actions[lane] = []
-        self._now = obs, reading
-        if len(ended):
+        self._now, following = now, shaped.critic_obs
+        if ended.any():
             self._episode[ended] += 1
-            self._reset(ended)
-            self._now = self.lanes.observe(), read(self.lanes)
-        return LaneStep(obs, reading, terminated, truncated, score, length, fell, success, *self._now)
-
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes on lanes of their own, beside the running ones."""
-        if not seeds:
-            return []
-        task = self.lanes.tasks[0]
-        lanes = self._make(task, len(seeds))
-        results = list(play(lanes, policy, [Episode(task, seed) for seed in seeds], start_noise_rad))
-        lanes.close()
-        return results
+            self._reset(np.flatnonzero(ended))
+            self._now = self.lanes.situation()
+            following = self.dense.start(self.lanes.observe(), self._now, ended)
+        return LaneStep(shaped.critic_obs, shaped.reward, shaped.dense_terms, terminated, truncated, score, length, fell,
+                        success, following)  # fmt: skip
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `restore` needs: numbers (B,) and lengths (B,) of the episodes, actions (B, 500, 12) so far."""
+        """What `restore` needs: numbers (B,), lengths (B,) and memory of the episodes, actions (B, 500, 12) so far."""
         actions = np.zeros((len(self._keys), c.EPISODE_ACTIONS, c.NUM_JOINTS), np.float32)
         for lane, played in enumerate(self._actions):
             if played:
                 actions[lane, : len(played)] = played
         lengths = np.array([len(played) for played in self._actions])
-        return {"lane_episode": self._episode.copy(), "lane_length": lengths, "lane_actions": actions}
+        memory = {f"memory_{name}": np.array(values) for name, values in self.dense.memory._asdict().items()}
+        return {"lane_episode": self._episode.copy(), "lane_length": lengths, "lane_actions": actions} | memory
 
-    def restore(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, Reading]:
-        """Bring every lane to where `state` was taken: observations (B, 87), readings."""
+    def restore(self, state: dict[str, np.ndarray]) -> np.ndarray:
+        """Bring every lane to where `state` was taken: what critics see (B, 109)."""
+        self.dense.memory = Memory(**{name: state[f"memory_{name}"] for name in Memory._fields})
         self._episode = state["lane_episode"].copy()
         played = zip(state["lane_actions"], state["lane_length"])
         self._actions = [list(actions[:length]) for actions, length in played]
@@ -143,7 +139,7 @@ class EndlessLanes:
 class WorkerLanes(Workers):
     """B lanes spread over processes of `EndlessLanes`. The tasks take turns: lane i plays task i modulo three."""
 
-    def __init__(self, backend: str, num_lanes: int, seed: int, start_noise_rad: float):
+    def __init__(self, backend: str, num_lanes: int, seed: int, start_noise_rad: float, weights: DenseWeights):
         """Start the processes. Lane i's episode number e starts from `episode_seed(seed, i, e)`."""
         check_num_lanes(num_lanes)
         per_task = num_lanes // c.NUM_TASKS
@@ -154,11 +150,11 @@ class WorkerLanes(Workers):
         self._lanes_of = [list(range(num_lanes))[p :: c.NUM_TASKS * per_task] for p in range(c.NUM_TASKS * per_task)]
         names = [f"the process of {self.tasks[lanes[0]]} lanes {lanes}" for lanes in self._lanes_of]
         keys = [[(seed, lane) for lane in lanes] for lanes in self._lanes_of]
-        arguments = [(backend, task, of_lanes, start_noise_rad) for task, of_lanes in zip(self.tasks, keys)]
+        arguments = [(backend, task, of_lanes, start_noise_rad, weights) for task, of_lanes in zip(self.tasks, keys)]
         super().__init__(EndlessLanes, arguments, names, "use fewer lanes")
 
-    def start(self) -> tuple[np.ndarray, Reading]:
-        """Begin every lane's first episode: observations (B, 87) and readings."""
+    def start(self) -> np.ndarray:
+        """Begin every lane's first episode: what critics see (B, 109)."""
         return self._gather(self._ask("start"))
 
     def send(self, actions: np.ndarray) -> None:
@@ -170,24 +166,12 @@ class WorkerLanes(Workers):
         """What the actions of the last `send` brought."""
         return self._gather([self.answer(p) for p in range(len(self._lanes_of))])
 
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Score a policy, (87,) -> (12,), on every seed in every task; results by task, then seed.
-
-        Every lane is afterwards where it was.
-        """
-        share = len(self._lanes_of) // c.NUM_TASKS  # processes of a task, numbered p // 3
-        answers = self._ask("validate", lambda p, _: (policy, seeds[p // c.NUM_TASKS :: share], start_noise_rad))
-        order = {(task, seed): i for i, (task, seed) in enumerate((t, s) for t in c.TASKS for s in seeds)}
-        results = [result for answer in answers for result in answer]
-        return sorted(results, key=lambda result: order[result.task, result.seed])
-
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` needs, as of `EndlessLanes.state`."""
-        answers = self._ask("state")
-        return {name: self._gather([answer[name] for answer in answers]) for name in answers[0]}
+        return self._gather(self._ask("state"))
 
-    def restore(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, Reading]:
-        """Bring every lane to where `state` was taken: observations (B, 87) and readings."""
+    def restore(self, state: dict[str, np.ndarray]) -> np.ndarray:
+        """Bring every lane to where `state` was taken: what critics see (B, 109)."""
         of_lanes = self._ask("restore", lambda _, lanes: ({name: values[lanes] for name, values in state.items()},))
         return self._gather(of_lanes)
 
@@ -198,10 +182,11 @@ class WorkerLanes(Workers):
         return [self.answer(p) for p in range(len(self._lanes_of))]
 
     def _gather(self, parts: list):
-        """Arrays, or tuples of them, of the processes' lanes as arrays of all lanes in order."""
-        if isinstance(parts[0], tuple):
-            entries = [self._gather(list(column)) for column in zip(*parts)]
-            return type(parts[0])(*entries) if hasattr(parts[0], "_fields") else tuple(entries)
+        """Arrays, or NamedTuples or dictionaries of them, of the processes' lanes as those of all lanes in order."""
+        if isinstance(parts[0], dict):
+            return {name: self._gather([part[name] for part in parts]) for name in parts[0]}
+        if isinstance(parts[0], tuple):  # a NamedTuple
+            return type(parts[0])(*(self._gather(list(column)) for column in zip(*parts)))
         whole = np.zeros((len(self.tasks), *parts[0].shape[1:]), parts[0].dtype)
         for lanes, part in zip(self._lanes_of, parts):
             whole[lanes] = part
