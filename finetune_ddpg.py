@@ -201,8 +201,10 @@ class Finetuning:
             self.update(1, layers=())
         self.run.record(self.log(0.0))
         # The same actor, with critics that know the official environments.
-        self.keep("start", self.learner.arrays(), self.validate(self.learner.arrays(), _VALIDATION))
-        print(f"start policy in validation: {self.start}", flush=True)
+        arrays = self.learner.arrays()
+        scores = self.validate(arrays, _VALIDATION)
+        self.keep("start", arrays, scores)
+        print(f"start policy in validation: {scores}", flush=True)
 
     def send(self, mean_action: np.ndarray) -> np.ndarray:
         """Add exploration noise, set the lanes going; returns the actions (B, 12)."""
