@@ -22,7 +22,7 @@ from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.agents import conversion
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.play import real_observations
@@ -115,7 +115,7 @@ def _print(metrics: dict) -> None:
     for column in ("what", "largest difference", "limit"):
         gate.add_column(column)
     for name, difference in metrics["max_difference"].items():
-        limit = conversion.ACTION_LIMITS.get(name)
+        limit = ACTION_LIMITS.get(name)
         what = f"actions in {name}" if limit else f"values of {name}, relative"
         gate.add_row(what, f"{difference:.1e}", f"{limit:.0e}" if limit else "reported")
     console.print(gate)

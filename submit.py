@@ -21,7 +21,6 @@ SDK itself; we neither hold nor print it. The SDK writes a `.sai` directory into
 as it is imported, so it is imported only when it is needed.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -29,7 +28,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,8 +41,8 @@ import torch
 import tyro
 
 from booster_soccer import errors
-from booster_soccer.agents.ddpg import Actor
-from booster_soccer.agents.policy import LAYERS, policy_from_arrays
+from booster_soccer.agents.ddpg import Actor, load_module
+from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
@@ -52,6 +50,7 @@ from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.store import checkpoints
+from booster_soccer.store.places import is_vacant
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
@@ -94,7 +93,7 @@ def main(config: Config) -> Path:
         "seed": config.seed,
         "episodes_per_task": config.episodes,
     }
-    if not _is_vacant(config.out):
+    if not is_vacant(config.out):
         _check_same_package(config.out, identity)
         print(f"{config.out} already holds this package, proved; its files are as they were written")
     else:
@@ -147,16 +146,14 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
 
 def actor_from_checkpoint(checkpoint: checkpoints.Checkpoint) -> Actor:
     """The PyTorch actor of a converted or fine-tuned checkpoint, held against the golden pairs."""
-    actor = Actor()
-    names = [f"{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")]
-    actor.load_state_dict({name: torch.from_numpy(checkpoint.arrays[f"actor.{name}"]) for name in names})
+    actor = load_module(Actor(), "actor", checkpoint.arrays)
     with torch.no_grad():
         actions = actor(torch.from_numpy(checkpoint.golden_obs)).numpy()
     difference = float(np.abs(actions - checkpoint.golden_actions).max())
-    if not difference <= checkpoints.GOLDEN_TOLERANCE:
+    if not difference <= ACTION_LIMITS["float32"]:
         raise UserError(
             f"checkpoint {checkpoint.path}: in PyTorch its policy differs from its golden actions by "
-            f"{difference:.1e}, more than {checkpoints.GOLDEN_TOLERANCE:.0e}; convert it again"
+            f"{difference:.1e}, more than {ACTION_LIMITS['float32']:.0e}; convert it again"
         )
     return actor
 
@@ -239,7 +236,7 @@ def sdk_benchmark(
     sdk: SimpleNamespace, package: Path, env: gym.Env, task: str, config: Config
 ) -> tuple[list[float], list[float], list[int], Any]:
     """Scores, lengths in seconds and seeds of one task's episodes, by the SDK; and its loaded model."""
-    with _environment_variable("AUTO_APPROVE_CUSTOM_EVAL", "true"):  # the evaluation function is our own
+    with mock.patch.dict(os.environ, AUTO_APPROVE_CUSTOM_EVAL="true"):  # the evaluation function is our own
         factory = sdk.make_env_factory(sdk_task(sdk, task), use_custom_eval=True, competition_id="dry run")
         try:
             manager = sdk.ModelManager(
@@ -378,20 +375,6 @@ def _import_official():
     return official
 
 
-@contextlib.contextmanager
-def _environment_variable(name: str, value: str) -> Iterator[None]:
-    """Set a variable for the block, also for the processes started in it."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 # --- checks, files and text ---------------------------------------------------------------------------
 
 
@@ -407,10 +390,6 @@ def _check_config(config: Config) -> None:
         raise UserError(f"--seed {config.seed}: the platform's seeds are 0 to 2^256 - 1")
     if config.yes and not os.environ.get(KEY_VARIABLE):
         raise UserError(f"no API key: set {KEY_VARIABLE} to the key of your account, or leave out --yes")
-
-
-def _is_vacant(path: Path) -> bool:
-    return not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
 
 
 def _check_same_package(out: Path, identity: dict[str, Any]) -> None:

@@ -16,6 +16,10 @@ class UserError(Exception):
         # It may quote a damaged file: half a surrogate pair can be read from JSON, but not be printed.
         super().__init__(message.encode(errors="backslashreplace").decode())
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the same one line as a script."""
+        return [f"error: {one_line(str(self))}"]
+
 
 def run(main: Callable[..., Any], *args: Any) -> Any:
     """Call `main(*args)`; a `UserError` becomes one line on stderr and exit status 2.

@@ -7,16 +7,13 @@ import numpy as np
 import torch
 
 from booster_soccer.agents.ddpg import NUM_CRITICS, Actor, critics_from_arrays, fold_normalizer, load_module
-from booster_soccer.agents.policy import HIDDEN, LAYERS, LOG_STD_RANGE
+from booster_soccer.agents.policy import ACTION_LIMITS, HIDDEN, LAYERS, LOG_STD_RANGE
 from booster_soccer.arrays import named
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, PRIVILEGED_SIZE
 
-# Largest difference of an action, out of [-1, 1]. float32 sums in another order differ by up to 1.1e-5 once a policy
-# kicks hard (measured after 11 M steps); a wrong weight by 1e-2.
-ACTION_LIMITS = {"float64": 1e-5, "float32": 1e-4}
 _CRITIC_NORMS = ("input_norm", "hidden_norm")
 _TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 

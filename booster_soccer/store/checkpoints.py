@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE
@@ -33,8 +33,7 @@ from booster_soccer.store.manifests import AGAIN, ARRAY_FILE, ARRAYS, GOLDEN, MA
 from booster_soccer.store.places import check_target, move, places, remove, step_aside
 
 GOLDEN_PAIRS = 16
-# Largest difference of an action, out of [-1, 1], computed in float64 on both sides: the conversion's limit.
-GOLDEN_TOLERANCE = 1e-5
+GOLDEN_TOLERANCE = ACTION_LIMITS["float64"]
 _OTHER_CODE = "use the code that wrote it, or train again"
 
 
