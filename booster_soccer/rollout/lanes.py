@@ -73,6 +73,12 @@ class Lanes(Protocol):
     def aim_pos_w(self) -> np.ndarray:
         """(B, 3) m: the goal's centre, window or target."""
 
+    def situation(self) -> Situation:
+        """What the dense reward looks at, each (B, ...)."""
+
+    def events(self, diverged: np.ndarray) -> Events:
+        """What ended the lanes' episodes, each (B,); `diverged` (B,) is the caller's judgement."""
+
 
 class OfficialLanes:
     """One lane of the official environment."""
@@ -123,14 +129,12 @@ class OfficialLanes:
         return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self.lane.info["target_xpos_rel_robot"][None])
 
     def situation(self) -> Situation:
-        """What the dense reward looks at, leading axis 1."""
         info = {name: np.asarray(value)[None] for name, value in self.lane.info.items() if name != "reward_terms"}
         return situation.from_official(
             self.lane.obs[None], info, self.ball.centre_pos_w, self.ball.centre_vel_w, self.steps
         )
 
     def events(self, diverged: np.ndarray) -> Events:
-        """What ended the lane's episode, (1,) each; `diverged` (1,) is the caller's judgement."""
         terms = {name: np.array([value]) for name, value in self.lane.info["reward_terms"].items()}
         success = {"success": np.array([self.lane.info["success"]])}
         return situation.official_events(self.situation(), success, terms, diverged)
@@ -186,12 +190,10 @@ class TwinLanes:
         return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self._info["target_xpos_rel_robot"])
 
     def situation(self) -> Situation:
-        """What the dense reward looks at, leading axis B."""
         ball = self.env.ball
         return situation.from_official(self._obs, self._info, ball.centre_pos_w, ball.centre_vel_w, self.env.steps)
 
     def events(self, diverged: np.ndarray) -> Events:
-        """What ended the lanes' episodes, (B,) each; `diverged` (B,) is the caller's judgement."""
         return situation.official_events(self.situation(), self._info, self._raw_terms, diverged)
 
 
@@ -214,6 +216,7 @@ class SceneLanes:
         self._engine = NativeEngine(num_lanes, num_threads=num_threads or usable_cores())
         self._official = {task: official.make(task) for task in set(self.tasks)}
         self._observe = jax.jit(jax.vmap(lambda view, state: episode.observe(self._rules, view, state)))
+        self._situation = jax.jit(jax.vmap(self._rules.situation))
         self._advance = jax.jit(jax.vmap(self._advance_lane))
         # Every lane stands somewhere until it is reset, so that its physics is sound.
         qpos, qvel, fresh = jax.jit(lambda key: self._rules.reset(key, StartMix()))(jax.random.key(0))
@@ -303,3 +306,9 @@ class SceneLanes:
     def aim_pos_w(self) -> np.ndarray:
         goal = np.array([task == "goalie" for task in self.tasks])[:, None]
         return np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)
+
+    def situation(self) -> Situation:
+        return self._jax.device_get(self._situation(self._engine.view(), self._state))
+
+    def events(self, diverged: np.ndarray) -> Events:
+        return Events(*self._events[:-1], diverged=self._events.diverged | diverged)
