@@ -80,6 +80,8 @@ def save(
     """
     target = real_path(path)
     _check_names(target, stage, arrays)
+    if np.shape(golden_obs) != (GOLDEN_PAIRS, OBS_SIZE):
+        raise UserError(f"checkpoint {target}: golden_obs is {np.shape(golden_obs)}, not {(GOLDEN_PAIRS, OBS_SIZE)}")
     tables = {ARRAYS: arrays, GOLDEN: {"obs": golden_obs, "actions": _actions(target, arrays, golden_obs)}}
     tables |= {f"{name}.safetensors": table for name, table in (extra_arrays or {}).items()}
     if len(tables) != 2 + len(extra_arrays or {}) or not all(map(ARRAY_FILE.fullmatch, tables)):

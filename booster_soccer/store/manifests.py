@@ -71,12 +71,12 @@ def new(
         "lineage": ancestors,
         "code": dict(_code()),
         "versions": dict(_versions()),
-        "config": _plain(config),
+        "config": plain(config),
         "seed": int(seed),
         "steps": int(steps),
         "observation_layout": LAYOUT_HASH,
         "action": action_layer(),
-        "metrics": _plain(metrics),
+        "metrics": plain(metrics),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {},
     }
@@ -164,7 +164,8 @@ def _is_reference(entry: Any, keys: set[str]) -> bool:
     """Whether an entry names a checkpoint by stage and hash."""
     if not (isinstance(entry, dict) and entry.keys() == keys and entry["stage"] in STAGES):
         return False
-    return all(isinstance(hash_, str) for hash_ in [entry["hash"], *entry.get("parents", [])])
+    parents = entry.get("parents", [])
+    return isinstance(parents, list) and all(isinstance(hash_, str) for hash_ in [entry["hash"], *parents])
 
 
 def _lineage(parents: Sequence[tuple[str, str, dict[str, Any]]]) -> tuple[list[dict], list[dict]]:
@@ -193,14 +194,14 @@ def to_bytes(manifest: dict[str, Any]) -> bytes:
     return dump(entries | {"manifest_sha256": hashlib.sha256(dump(entries)).hexdigest()})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if hasattr(value, "tolist"):  # arrays and scalars of NumPy, JAX and PyTorch
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
