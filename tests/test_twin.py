@@ -15,7 +15,7 @@ import pytest
 from benchmarks import twin_equality
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, twin, twin_physics
+from booster_soccer.envs import official, twin, twin_physics, twin_source
 from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
@@ -74,7 +74,7 @@ def assert_same_lane(found: twin.Step, lane: int, expected: twin.Step, expected_
 @pytest.mark.parametrize("task", c.TASKS)
 def test_sensors_leave_the_official_model_as_it_is(task):
     official_env(task).reset(seed=0)
-    ours, theirs = twin._source(task).model, official_env(task).unwrapped.sim.model._model
+    ours, theirs = twin_source.load(task).model, official_env(task).unwrapped.sim.model._model
     about_names = ("name_sensoradr", "names", "names_map", "nbuffer", "nnames", "nnames_map", "signature")
     compared = 0
     for field in dir(theirs):
@@ -313,7 +313,7 @@ def test_an_error_in_one_thread_waits_for_the_others(monkeypatch):
 
 
 def test_state_that_the_copies_would_miss_is_refused():
-    spec = twin._source("target").env.unwrapped.mjcf_model.copy()
+    spec = twin_source.load("target").env.unwrapped.mjcf_model.copy()
     spec.worldbody.add_body(mocap=True).add_geom(size=[0.1, 0.1, 0.1])
     with pytest.raises(UserError, match="has more state"):
         twin_physics.layout_of(mujoco.MjData(spec.compile()))
