@@ -199,10 +199,10 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     """Golden, real and drawn observations, each (N, 87) float32."""
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
-        from booster_soccer.rollout.lanes import real_observations
+        from booster_soccer.rollout.play import met_observations
 
         policy = policy_from_arrays(checkpoint.arrays)
-        groups["real"] = real_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
+        groups["real"] = met_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
         rng = np.random.default_rng(config.seed)
         noise = rng.standard_normal((int(_DRAWS_PER_REAL * len(groups["real"])), OBS_SIZE))
         drawn = checkpoint.arrays["normalizer.mean"] + checkpoint.arrays["normalizer.std"] * noise

@@ -51,7 +51,8 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.symmetry import mirror_action, mirror_observation
 from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
-from booster_soccer.rollout.lanes import BACKENDS, Lanes, LaneStep, check_num_lanes, episode_seed
+from booster_soccer.rollout.play import episode_seed
+from booster_soccer.rollout.workers import BACKENDS, LaneStep, WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints, resume
 from booster_soccer.store.replay import Replay, Segments
 from convert_jax2torch import check_new, critics_from_arrays, fold_normalizer, load_module
@@ -374,7 +375,7 @@ class Scores(NamedTuple):
         }
 
 
-def validate(config: Config, lanes: Lanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
+def validate(config: Config, lanes: WorkerLanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
     """Score a policy on the seeds of a purpose in each task."""
     episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
     seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
@@ -433,7 +434,7 @@ _COUNTERS = ("step", "best_step", "logged", "validated", "saved")  # of `Run`
 class Run:
     """What one fine-tuning run carries from step to step."""
 
-    def __init__(self, config: Config, lanes: Lanes):
+    def __init__(self, config: Config, lanes: WorkerLanes):
         self.config, self.lanes = config, lanes
         self.rng = np.random.default_rng(config.seed)
         self.replay = Replay(config.buffer_size, _ROW_SHAPES)
@@ -480,7 +481,7 @@ class Run:
         self.statistics.add("reward/dense", dense)
         for name in ("physics_steps", "fell", "success"):
             self.statistics.add(f"episode/{name}", getattr(after, name)[ended])
-        for i, task in enumerate(self.lanes.task):
+        for i, task in enumerate(self.lanes.tasks):
             self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
         return after
 
@@ -555,7 +556,7 @@ class Run:
         kept, learner, lanes, progress = (tables[name] for name in ("kept", "learner", "lanes", "progress"))
         what = f"{checkpoint.path}: the saved state"
         check_like(progress, self._progress(), what)
-        state = self.lanes.state() | {"obs": np.zeros((len(self.lanes.task), OBS_SIZE), np.float32)}
+        state = self.lanes.state() | {"obs": np.zeros((len(self.lanes.tasks), OBS_SIZE), np.float32)}
         check_like(lanes, state | {"previous_action": self.previous_action}, what)
 
         def named(prefix: str) -> dict[str, np.ndarray]:
@@ -802,7 +803,7 @@ def main(config: Config) -> Path:
         parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
     goes_on = check_start(config, resume_path)
 
-    lanes = Lanes(config.backend, config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
+    lanes = WorkerLanes(config.backend, config.num_lanes, episode_seed(config.seed, _TRAINING), config.start_noise)
     with resume.StopSignal() as stop, lanes, _one_torch_thread():
         run = Run(config, lanes)
         try:

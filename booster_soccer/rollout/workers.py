@@ -41,8 +41,8 @@ class LaneStep(NamedTuple):
 
 def read(lanes: Lanes) -> Reading:
     """What the dense reward needs of lanes beside their observations."""
-    ball = lanes.ball
-    return Reading(lanes.imu_pos_w, ball.centre_pos_w, ball.centre_vel_w, lanes.aim_pos_w)
+    now = lanes.look()
+    return Reading(now.imu_pos_w, now.ball.centre_pos_w, now.ball.centre_vel_w, now.aim_pos_w)
 
 
 def _jumped(before: Reading, after: Reading) -> np.ndarray:
@@ -86,7 +86,7 @@ class EndlessLanes:
         for played, action in zip(self._actions, actions):
             played.append(action.copy())
         terminated, truncated = self.lanes.hold(actions)
-        obs, reading, length = self.lanes.observe(), read(self.lanes), self.lanes.steps
+        obs, reading, length = self.lanes.observe(), read(self.lanes), self.lanes.look().steps
         # On NaN MuJoCo itself starts again, from the model's zero pose, and the environment plays on. The
         # learner must not see that jump: the episode ends there, with the last good numbers and no score.
         broken = _jumped(self._now[1], reading)
