@@ -18,14 +18,15 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# JAX, PyTorch and the SDK are imported where they are used: worker processes load this module too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
 
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
@@ -34,29 +35,29 @@ from rich.console import Console
 from rich.table import Table
 
 from booster_soccer import errors
+from booster_soccer.agents import conversion
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, scene
-from booster_soccer.envs.official import Episode, EpisodeResult, Policy, TaskIndex
+from booster_soccer.envs import official, scene
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
 from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rollout import play
+from booster_soccer.rollout.play import Episode, Policy, Recorded, play_in_workers
+from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
-from evaluate import evaluate, mean_interval, player, reserve, write_json
+from booster_soccer.tracking.report import reserve, write_json
 
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
 ROTATION_LIMIT = 1e-5  # metres and units of gravity; the official quaternion is float32
-ACTION_LIMIT = checkpoints.GOLDEN_TOLERANCE
-LOG_STD_RANGE = (-5.0, 2.0)
 _TURNS = 20  # robots turned per task to prove the quaternion's order
 _TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
 _SCORE_ROUNDS = 4  # in how many, at most, the converted policy's score may miss before that is a failure
 _TURNED_STREAM = 1  # a random stream beside the bare seed's
 
 Info = dict[str, np.ndarray]
-Act = Callable[[np.ndarray], np.ndarray]  # observation (87,) float32 -> action (12,) in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ class Check:
 # --- official states ----------------------------------------------------------------------------------
 
 
-def turn(env: TaskIndex, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
+def turn(env: gym.Env, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
     """Turn the official robot where it stands; `obs` and `info` from the environment's own methods."""
-    official_env = env.unwrapped
-    model, data = official_env.sim.model._model, official_env.sim.data._data
+    base = env.unwrapped
+    model, data = base.sim.model._model, base.sim.data._data
     root = scene.official_addresses(model).root_q
     data.qpos[root] = [*data.qpos[root][:3], *quat_wxyz]
     mujoco.mj_forward(model, data)
-    return official_env._get_obs(), official_env._get_info() | {"task_index": env.task_index}
+    return base._get_obs(), base._get_info() | {"task_index": env.task_index}
 
 
 def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
@@ -123,32 +124,27 @@ def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
     return quat_wxyz
 
 
+class Turned(gym.Wrapper):
+    """The official environment, its robot turned at every start."""
+
+    def __init__(self, env: gym.Env, seed: int):
+        super().__init__(env)
+        self._rng = np.random.default_rng((seed, _TURNED_STREAM))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, Info]:
+        self.env.reset(seed=seed, options=options)
+        return turn(self.env, random_quat_wxyz(self._rng))
+
+
 def record(
-    task: str, act: Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
+    task: str, policy: Policy, states: int, seed: int, start_noise_rad: float, turned: bool = False
 ) -> tuple[np.ndarray, Info]:
     """Official observations (states, raw) and info (states, ...) that a policy meets, one at each action.
 
-    As many episodes as it takes, each joint target held for ten physics steps; with `turned` every episode
-    starts from a random orientation.
+    As many episodes as it takes; with `turned` every one starts from a random orientation.
     """
-    env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
-    met, episode = [], 0
-    while len(met) < states:
-        obs, info = official.reset(env, official.match_seed(seed, episode), start_noise_rad)
-        if turned:
-            obs, info = turn(env, random_quat_wxyz(rng))
-        episode, step, ended = episode + 1, 0, False
-        while not ended and len(met) < states:
-            if step % c.PHYSICS_STEPS_PER_ACTION == 0:
-                arrays = {key: value for key, value in info.items() if isinstance(value, np.ndarray)}
-                met.append((obs, arrays))
-                action = act(in_numpy(obs, info).astype(np.float32))
-            torque_nm = pd.platform_torque_nm(action, obs[SLICES["joint_pos"]], obs[SLICES["joint_vel"]])
-            obs, _, terminated, truncated, info = env.step(torque_nm)
-            step, ended = step + 1, terminated or truncated
-    env.close()
-    observations, infos = zip(*met, strict=True)
-    return np.stack(observations), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
+    env = Turned(official.make(task), seed) if turned else official.make(task)
+    return play.record(task, policy, states, functools.partial(official.match_seed, seed), start_noise_rad, env)[1:]
 
 
 # --- gate 1: the observation ----------------------------------------------------------------------------
@@ -166,20 +162,15 @@ def in_numpy(obs: np.ndarray, info: Info) -> np.ndarray:
 
 def in_jax(obs: np.ndarray, info: Info, x64: bool = False) -> np.ndarray:
     """The observation (..., 87) in JAX, compiled, in float32 or float64."""
-    import jax
-
     dtype = np.float64 if x64 else np.float32
     info = {key: value.astype(dtype) for key, value in info.items()}
     with jax.enable_x64(x64):
-        return np.asarray(_compiled()(obs.astype(dtype), info))
+        return np.asarray(_observe_in_jax(obs.astype(dtype), info))
 
 
-@functools.cache
-def _compiled():
-    import jax
-    import jax.numpy as jnp
-
-    return jax.jit(lambda obs, info: _observe(obs, info, jnp))
+@jax.jit
+def _observe_in_jax(obs: jax.Array, info: dict[str, jax.Array]) -> jax.Array:
+    return _observe(obs, info, jnp)
 
 
 def submitted_preprocessor():
@@ -260,47 +251,22 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
 
 def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray) -> tuple[list[Check], dict]:
     """JAX against PyTorch on real (N, 87) and golden observations, and log_std on the real ones."""
-    from convert_jax2torch import compare
-
     obs = np.concatenate([real_obs, pretrained.golden_obs])
-    actions = policy_from_arrays(pretrained.arrays)(obs)
-    differences, log_std = compare(pretrained.arrays, converted.arrays, obs, actions)
-    log_std = log_std[: len(real_obs)]
-    low, high = LOG_STD_RANGE
-    where = f"{len(real_obs)} real observations"
-    remedy = "pre-training diverged: take an earlier checkpoint or train longer"
+    differences = conversion.compare(pretrained.arrays, converted.arrays, obs)
+    where, remedy = f"{len(obs)} real and golden observations", "convert again with convert_jax2torch.py"
     checks = [
-        Check(
-            2,
-            "action, JAX and PyTorch actors",
-            differences["actor"],
-            0.0,
-            ACTION_LIMIT,
-            f"{where}, {len(pretrained.golden_obs)} golden ones",
-            "convert again with convert_jax2torch.py",
-        ),
-        Check(2, "log_std before clipping, lowest", float(log_std.min()), low, high, where, remedy),
-        Check(2, "log_std before clipping, highest", float(log_std.max()), low, high, where, remedy),
+        Check(2, f"action, JAX and PyTorch actors, {name}", differences[name], 0.0, limit, where, remedy)
+        for name, limit in conversion.ACTION_LIMITS.items()
     ]
-    spread = {
-        "min": float(log_std.min()),
-        "mean": float(log_std.mean()),
-        "max": float(log_std.max()),
-        "share_outside": 1.0 - float(np.mean((low <= log_std) & (log_std <= high))),
-    }
+    spread = conversion.log_std_report(conversion.log_std(pretrained.arrays, real_obs))
+    where, remedy = (
+        f"{len(real_obs)} real observations",
+        "pre-training diverged: take an earlier checkpoint or train on",
+    )
+    for name, end in (("lowest", "min"), ("highest", "max")):
+        limits = conversion.LOG_STD_RANGE
+        checks.append(Check(2, f"log_std before clipping, {name}", spread[end], *limits, where, remedy))
     return checks, spread
-
-
-class Recorded(NamedTuple):
-    """A policy that appends every observation it acts on to a file of its process."""
-
-    policy: Policy
-    directory: Path
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        with (self.directory / f"{os.getpid()}.float32").open("ab") as file:
-            file.write(np.asarray(obs, np.float32).tobytes())
-        return self.policy(obs)
 
 
 def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], list]:
@@ -325,27 +291,13 @@ def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Con
         low, high = expected["ci95"]
         if low <= played["mean"] <= high:
             break
-    where = f"{config.episodes} starts per task, master seed {seed}"
-    return [
-        Check(
-            2,
-            "action along the trajectory",
-            apart,
-            0.0,
-            ACTION_LIMIT,
-            f"{observations:,} observations that the converted policy met",
-            "convert again with convert_jax2torch.py",
-        ),
-        Check(
-            2,
-            "converted score in pre-trained one's 95 % interval",
-            played["mean"],
-            low,
-            high,
-            where if len(rounds) == 1 else f"{where}, round {len(rounds)} of at most {_SCORE_ROUNDS}",
-            "every round missed, so the two policies play differently: convert again",
-        ),
-    ], rounds
+    where, remedy = f"{observations:,} observations that the converted policy met", "convert again"
+    limit = conversion.ACTION_LIMITS["float64"]  # that is how both are computed here
+    actions = Check(2, "action along the trajectory", apart, 0.0, limit, where, remedy)
+    where = f"{config.episodes} starts per task, master seed {seed}, round {len(rounds)} of at most {_SCORE_ROUNDS}"
+    remedy = "every round missed, so the two policies play differently: convert again"
+    name = "converted score in pre-trained one's 95 % interval"
+    return [actions, Check(2, name, played["mean"], low, high, where, remedy)], rounds
 
 
 def _scores(result: dict) -> dict:
@@ -396,55 +348,37 @@ def compare_behaviour(
         allowed, standard_error = limit(tolerance, expected[name], actual[name])
         sides = {"pretraining": _side(expected[name]), "official": _side(actual[name])}
         difference_of_means = sides["official"]["mean"] - sides["pretraining"]["mean"]
-        numbers[name] = sides | {
-            "difference": difference_of_means,
-            "standard_error": standard_error,
-            "limit": allowed,
-        }
-        where = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
-        checks.append(
-            Check(
-                3,
-                f"{task}: {name}, official - pre-training",
-                difference_of_means,
-                None if tolerance.worse == "more" else -allowed,
-                None if tolerance.worse == "less" else allowed,
-                f"{len(actual[name])} starts, {where}",
-                "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer",
-            )
-        )
+        numbers[name] = sides | {"difference": difference_of_means, "standard_error": standard_error, "limit": allowed}
+        low = None if tolerance.worse == "more" else -allowed
+        high = None if tolerance.worse == "less" else allowed
+        spreads = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
+        where = f"{len(actual[name])} starts, {spreads}"
+        remedy = "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer"
+        title = f"{task}: {name}, official - pre-training"
+        checks.append(Check(3, title, difference_of_means, low, high, where, remedy))
     return checks, numbers
 
 
 def _side(values: np.ndarray) -> dict[str, Any]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)),
-        "ci95": mean_interval(values),
-    }
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "ci95": mean_interval(values)}
 
 
 def behaviour_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
     """Play the pre-trained policy in the pre-training scene, the converted one officially; compare."""
-    from booster_soccer.rollout import pretraining
-
     seeds = [official.match_seed(config.seed, i) for i in range(config.behaviour_episodes)]
     episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
-    before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
-    expected = pretraining.run_episodes(before, episodes, config.start_noise)._asdict()
-    results = player(config.backend)(after, episodes, config.start_noise)
-    actual = {name: _column(results, name) for name in TOLERANCES}
+    sides = []
+    for backend, checkpoint in (("scene", pretrained), (config.backend, converted)):
+        results = play_in_workers(backend, policy_from_arrays(checkpoint.arrays), episodes, config.start_noise)
+        sides.append({name: np.array([float(getattr(result, name)) for result in results]) for name in TOLERANCES})
     checks, numbers = [], {}
     for i, task in enumerate(c.TASKS):
         mine = slice(i * len(seeds), (i + 1) * len(seeds))
-        sides = ({name: values[mine] for name, values in side.items()} for side in (expected, actual))
-        of_task, numbers[task] = compare_behaviour(task, *sides)
+        of_task, numbers[task] = compare_behaviour(
+            task, *({name: values[mine] for name, values in side.items()} for side in sides)
+        )
         checks += of_task
     return checks, {"backend": config.backend, "starts_per_task": len(seeds), "tasks": numbers}
-
-
-def _column(results: list[EpisodeResult], name: str) -> np.ndarray:
-    return np.array([getattr(result, name) for result in results], np.float64)
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -516,7 +450,7 @@ def _print(checks: list[Check], report: dict[str, Any]) -> None:
     console, log_std = Console(), report["log_std"]
     console.print(table)
     spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
-    console.print(f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}")
+    console.print(f"log_std before clipping: {spread}")
     console.print(_behaviour_table([check for check in checks if check.gate == 3], report["behaviour"]))
     for check in checks:
         if not check.passed:
@@ -550,7 +484,5 @@ def _behaviour_table(checks: list[Check], behaviour: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    import gates  # by its name: the workers look up `Recorded` there, `__main__` is not theirs
-
-    report = errors.run(gates.main, tyro.cli(gates.Config, description=__doc__))
+    report = errors.run(main, tyro.cli(Config, description=__doc__))
     sys.exit(0 if report["passed"] else 1)

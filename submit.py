@@ -11,7 +11,7 @@ Input: a converted or fine-tuned checkpoint. Output: a directory with
 
 Without `--yes` nothing leaves the machine. The proof: the SDK loads both files and plays the three
 official environments with the official score. The same torques are then played again in our own runner
-(`envs/official.py`): score and length must be equal. Along the way our own NumPy control says at every
+(`rollout/play.py`): score and length must be equal. Along the way our own NumPy control says at every
 physics step which torque it would have given: the module may differ by rounding only. What `evaluate.py`
 gives for the same seeds is reported beside it; where the two round differently it need not be equal, since
 contacts are chaotic and a difference in the seventh digit of a torque can grow into another ending.
@@ -187,7 +187,7 @@ class SubmittedTorque(gym.Wrapper):
 
 def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> dict[str, Any]:
     """Score the two files with the SDK and hold the result against our own; `UserError` if they differ."""
-    sdk, official = _import_sdk(), _import_official()
+    sdk, (official, player) = _import_sdk(), _import_player()
     policy = policy_from_arrays(checkpoint.arrays)
     tasks = {}
     for task in c.TASKS:
@@ -196,8 +196,9 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         scores, seconds, seeds, manager = sdk_benchmark(sdk, package, env, task, config)
         if seeds != [official.match_seed(config.seed, i) for i in range(config.episodes)]:
             raise UserError("the SDK drew other seeds than envs/official.py: use the pinned sai-rl")
-        replay, hold = SubmittedTorque(env, manager), _hold_steps(config)
-        replayed = [official.run_episode(replay, task, policy, seed, hold=hold) for seed in seeds]
+        replay = SubmittedTorque(env, manager)
+        lanes = player.OfficialLanes(task, replay, _hold_steps(config))
+        replayed = list(player.play(lanes, policy, [player.Episode(task, seed) for seed in seeds]))
         env.close()
         tasks[task] = {
             "mean": float(np.mean(scores)),
@@ -222,7 +223,7 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
                 "booster_soccer/agents/submission_model.py and booster_soccer/envs/pd.py disagree, so neither can be trusted; report this"
             )
     if config.hold:
-        _add_evaluation(tasks, policy, official)
+        _add_evaluation(tasks, policy, player)
     return {
         "mean": float(np.mean([result["mean"] for result in tasks.values()])),
         "seed": config.seed,
@@ -286,10 +287,10 @@ def evaluation_fn(env, eval_state):
 """
 
 
-def _add_evaluation(tasks: dict[str, dict], policy, official) -> None:
+def _add_evaluation(tasks: dict[str, dict], policy, player) -> None:
     """Add what `evaluate.py` gives for the same seeds: our float64 control by itself, free to drift away."""
-    episodes = [official.Episode(task, seed) for task in tasks for seed in tasks[task]["seeds"]]
-    results = official.run_episodes(policy, episodes)
+    episodes = [player.Episode(task, seed) for task in tasks for seed in tasks[task]["seeds"]]
+    results = player.play_in_workers("official", policy, episodes)
     for task, entry in tasks.items():
         own = [result.score for result in results if result.task == task]
         entry["evaluate_mean"] = float(np.mean(own))
@@ -363,16 +364,17 @@ def _import_sdk() -> SimpleNamespace:
         ) from error
 
 
-def _import_official():
-    """`envs.official`, whose import of mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
+def _import_player():
+    """`envs.official` and `rollout.play`; importing mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
     try:
         from booster_soccer.envs import official
+        from booster_soccer.rollout import play
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"cannot import the official environments with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: "
             f"{_one_line(error)}; nothing is rendered here, so set MUJOCO_GL=disable"
         ) from error
-    return official
+    return official, play
 
 
 # --- checks, files and text ---------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class EndlessLanes:
         for played, action in zip(self._actions, actions):
             played.append(action.copy())
         terminated, truncated = self.lanes.hold(actions)
-        now, length = self.lanes.situation(), self.lanes.steps
+        now, length = self.lanes.situation(), self.lanes.look().steps
         # On NaN MuJoCo itself starts again, from the model's zero pose, and the environment plays on. The
         # learner must not see that jump: the episode ends there, without a score.
         broken = _jumped(self._now, now)
