@@ -1,5 +1,6 @@
 # make run    sets up everything and runs the chain with the demo preset
 # make test   sets up everything and runs the tests
+# make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run test lint scene score check-pins clean
+.PHONY: setup run test drills lint scene score check-pins clean
 
 setup: $(READY)
 
@@ -25,6 +26,15 @@ run: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+drills: setup
+	$(BIN)/python -m tests.long.fuzz
+	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py
+	$(BIN)/python -m tests.long.kill_resume
+	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
+		--checkpoint assets/policies/final
 
 lint: setup
 	$(BIN)/ruff check .

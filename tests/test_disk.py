@@ -1,7 +1,7 @@
 """A full disk, a read-only directory, a volume that cannot rename over a name: the last state stays, in one line.
 
 The file systems are real ones, mounted for the test (that needs root on Linux); what no file system here can do is
-a fault injection and says so. Whole runs on a disk that fills up: `benchmarks/full_disk.py`.
+a fault injection and says so. Whole runs on a disk that fills up: `tests/long/full_disk.py`.
 """
 
 import contextlib

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import kill_resume
 from booster_soccer.arrays import restore_rng, rng_array
 from booster_soccer.errors import UserError
 from booster_soccer.store import resume
 from booster_soccer.store.replay import Replay, Segments
+from tests.long import kill_resume
 
 SHAPES = {"obs": (3,), "reward": ()}
 
@@ -271,5 +271,5 @@ def test_a_broken_lane_is_reset_and_counted_and_the_others_do_not_notice(tmp_pat
 
 
 def test_a_killed_run_ends_with_the_very_bits(tmp_path):
-    """The short cut of `benchmarks/kill_resume.py`: one SIGKILL at a random instant."""
-    assert kill_resume.main(kill_resume.Config(trials=1, stages=("pretrain",), steps=720, keep=tmp_path / "runs"))
+    """The short cut of `tests/long/kill_resume.py`: one SIGKILL at a random instant."""
+    assert kill_resume.main(kill_resume.Config(trials=1, stages=("pretrain",), keep=tmp_path / "runs"))

@@ -1,6 +1,6 @@
 """The twin gives the official environments' numbers, to the bit, lane by lane.
 
-A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
+A short cut of `tests/long/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
 not disturb each other, threads, errors.
 """
 
@@ -12,7 +12,6 @@ import mujoco
 import numpy as np
 import pytest
 
-from benchmarks import twin_equality
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, twin, twin_physics, twin_source
@@ -20,6 +19,7 @@ from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
+from tests.long import twin_equality
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gymnasium warns of deprecated versions of these ids
 
@@ -113,7 +113,7 @@ def test_the_comparison_sees_a_difference_of_one_bit():
     recording = record("target", "zero", 0, max_steps=10)
     recording.info["ball_xpos_rel_robot"][7, 0] = np.nextafter(recording.info["ball_xpos_rel_robot"][7, 0], 9)
     recording.terms["distance"][3] *= 1 + 1e-15
-    report = twin_equality.compare_torque("target", [recording])
+    report = twin_equality.compare("target", "zero", [recording])
     assert set(report.unequal) == {"info ball_xpos_rel_robot", "reward term distance"}
     assert not report.equal
 
