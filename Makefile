@@ -1,4 +1,5 @@
 # make run    sets up everything and runs the chain with the demo preset
+# make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run test lint scene score check-pins clean
+.PHONY: setup run check fix test scene score check-pins clean
 
 setup: $(READY)
 
@@ -23,11 +24,18 @@ $(READY): pyproject.toml constraints.txt
 run: setup
 	$(BIN)/python chain.py --preset $(PRESET) --out $(RUN)
 
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 test: setup
 	$(BIN)/python -m pytest -q
-
-lint: setup
-	$(BIN)/ruff check .
 
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene
