@@ -1,4 +1,4 @@
-"""A plain install one top-level name, its data files, and a user's own modules beside it."""
+"""A plain install: one top-level name, its data files, and a user's own modules beside it."""
 
 import os
 import shutil
