@@ -25,7 +25,6 @@ from pathlib import Path
 
 import mujoco
 import numpy as np
-from numpy.typing import ArrayLike
 
 from booster_soccer.envs import constants as c
 
@@ -66,7 +65,7 @@ def official_model() -> mujoco.MjModel:
     return model
 
 
-def _fmt(values: ArrayLike) -> str:
+def _fmt(values) -> str:
     return " ".join(f"{float(v):.12g}" for v in np.atleast_1d(values))
 
 
@@ -170,7 +169,7 @@ def _add_body(parent: ET.Element, model: mujoco.MjModel, body_id: int) -> None:
     if name in ROBOT_COLLIDERS:
         _add_collider(body, model, name)
     for child in np.flatnonzero(model.body_parentid == body_id):
-        _add_body(body, model, int(child))
+        _add_body(body, model, child)
 
 
 def _add_sensors(root: ET.Element) -> None:
@@ -276,7 +275,7 @@ def scene_xml(model: mujoco.MjModel) -> str:
         ET.SubElement(actuator, "motor", {"name": joint, "joint": joint, "ctrlrange": _fmt(ctrl_range)})
     _add_sensors(root)
     for element in root.iter("geom"):
-        contype, conaffinity = COLLISION_BITS[element.attrib["name"]]
+        contype, conaffinity = COLLISION_BITS[element.get("name")]
         element.set("contype", str(contype))
         element.set("conaffinity", str(conaffinity))
     ET.indent(root, space="  ")
