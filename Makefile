@@ -1,4 +1,5 @@
 # make run    sets up everything and runs the chain with the demo preset
+# make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
@@ -10,7 +11,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run test drills lint scene score check-pins clean
+.PHONY: setup run check fix test drills scene score check-pins clean
 
 setup: $(READY)
 
@@ -24,6 +25,16 @@ $(READY): pyproject.toml constraints.txt
 run: setup
 	$(BIN)/python chain.py --preset $(PRESET) --out $(RUN)
 
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 test: setup
 	$(BIN)/python -m pytest -q
 
@@ -35,9 +46,6 @@ drills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
-
-lint: setup
-	$(BIN)/ruff check .
 
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene
