@@ -25,7 +25,7 @@ from booster_soccer.agents import conversion
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.rollout.play import real_observations
+from booster_soccer.rollout.play import met_observations
 from booster_soccer.store import checkpoints
 from booster_soccer.store.places import check_output_dir
 
@@ -72,7 +72,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
         policy = policy_from_arrays(checkpoint.arrays)
-        groups["real"] = real_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
+        groups["real"] = met_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
         rng = np.random.default_rng(config.seed)
         noise = rng.standard_normal((int(_DRAWS_PER_REAL * len(groups["real"])), OBS_SIZE))
         drawn = checkpoint.arrays["normalizer.mean"] + checkpoint.arrays["normalizer.std"] * noise
@@ -83,7 +83,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
 def main(config: Config) -> Path:
     """Convert, check, write; returns the output directory."""
     if config.real_observations < 0 or config.seed < 0:
-        raise UserError(f"real_observations ({config.real_observations}) and seed ({config.seed}) must be at least 0")
+        raise UserError(f"met_observations ({config.real_observations}) and seed ({config.seed}) must be at least 0")
     checkpoint = checkpoints.load(config.checkpoint, stages=("pretrained",))
     check_arrays(config.checkpoint, checkpoint.arrays)
     if is_done(config, checkpoint):
