@@ -83,7 +83,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
 def main(config: Config) -> Path:
     """Convert, check, write; returns the output directory."""
     if config.real_observations < 0 or config.seed < 0:
-        raise UserError(f"met_observations ({config.real_observations}) and seed ({config.seed}) must be at least 0")
+        raise UserError(f"real_observations ({config.real_observations}) and seed ({config.seed}) must be at least 0")
     checkpoint = checkpoints.load(config.checkpoint, stages=("pretrained",))
     check_arrays(config.checkpoint, checkpoint.arrays)
     if is_done(config, checkpoint):
