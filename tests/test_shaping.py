@@ -146,8 +146,11 @@ def test_the_ends_of_twin_episodes_are_seen():
         shaped = lanes.step(*twin.now(), events, np.ones((2, c.NUM_JOINTS), np.float32))
         for lane in np.flatnonzero(events.terminated & ~ended):
             seen[lane] = {name: value[lane] for name, value in shaped.dense_terms.items()}, events
+            begun = np.ceil(twin.env.steps[lane] / c.PHYSICS_STEPS_PER_ACTION)  # the last action is cut short
+            assert shaped.critic_obs[lane, -c.NUM_JOINTS - 1] == pytest.approx(1 - begun / c.EPISODE_ACTIONS)
         ended |= events.terminated
         np.testing.assert_array_equal(ended, ~twin.env.alive)
+    assert (twin.env.steps % c.PHYSICS_STEPS_PER_ACTION != 0).any()
     fell, out = seen[0], seen[1]
     assert fell[1].fallen[0] and fell[0]["fallen"] == 1.0
     assert out[1].out_of_field[1] and out[0]["fallen"] == out[0]["ball_done"] == 0.0  # a lost ball is not done
