@@ -30,7 +30,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking.report import PLOT_SUFFIXES, plot, print_result, reserve, worst_episodes, write_json
+from booster_soccer.tracking.report import PLOT_SUFFIXES, finished, plot, print_result, worst_episodes, write_json
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ def _check(config: Config) -> None:
         )
     if config.only is not None:
         _episode(config.only)
-    for file in (config.json, config.plot):
-        if file is not None:
-            reserve(file)
+    finished(config.plot, {})
 
 
 def _episode(text: str) -> Episode:
@@ -115,13 +113,17 @@ def main(config: Config) -> dict:
         policy = reference_policy(config.policy)
         subject, title = {"policy": config.policy}, config.policy
 
+    settings = {"episodes": config.episodes, "seed": config.seed, "only": config.only}
+    settings |= {"start_noise": config.start_noise, "backend": config.backend}
+    identity = {name: value for name, value in subject.items() if name != "checkpoint"} | settings
+    if there := finished(config.json, identity):
+        return there
     started = time.perf_counter()
+    result = subject | {"identity": identity}
     if config.only is not None:
-        result = subject | _play_only(config, policy, title)
+        result |= _play_only(config, policy, title)
     else:
-        result = subject | evaluate(
-            policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers
-        )
+        result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
         print_result(result, title)
         worst = worst_episodes(result["tasks"]["target"])[0]
         print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")

@@ -47,7 +47,7 @@ from booster_soccer.rollout.play import Episode, Policy, Recorded, play_in_worke
 from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
-from booster_soccer.tracking.report import reserve, write_json
+from booster_soccer.tracking.report import finished, write_json
 
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
@@ -393,11 +393,9 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
         )
     if config.behaviour_episodes < 2:
         raise UserError(f"--behaviour-episodes {config.behaviour_episodes}: at least 2, one has no spread")
-    if config.json is not None:
-        reserve(config.json)
     pretrained = checkpoints.load(config.pretrained, ("pretrained",))
     converted = checkpoints.load(config.converted, ("converted",))
-    if converted.manifest["parent"] != {"stage": pretrained.stage, "hash": pretrained.hash}:
+    if converted.manifest["parents"] != [{"stage": pretrained.stage, "hash": pretrained.hash}]:
         raise UserError(
             f"checkpoint {config.converted} was not converted from {config.pretrained}: give the one it came from"
         )
@@ -407,6 +405,12 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, write the JSON file if one is named; returns its content, `passed` is the verdict."""
     pretrained, converted = load(config)
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("pretrained", "converted", "json")
+    }
+    identity = settings | {"pretrained": pretrained.hash, "converted": converted.hash}
+    if there := finished(config.json, identity):
+        return there
     policy = policy_from_arrays(converted.arrays)
     visited, states = {}, {}
     for task in c.TASKS:
@@ -424,6 +428,7 @@ def main(config: Config) -> dict[str, Any]:
     checks += of_actor + of_trajectory + of_behaviour
     report = {
         "passed": all(check.passed for check in checks),
+        "identity": identity,
         "pretrained": {"checkpoint": str(config.pretrained), "hash": pretrained.hash},
         "converted": {"checkpoint": str(config.converted), "hash": converted.hash},
         "seed": config.seed,

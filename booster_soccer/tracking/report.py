@@ -125,18 +125,30 @@ def plot(result: dict, title: str, file: Path) -> None:
     figure.savefig(file)
 
 
-def reserve(file: Path) -> None:
-    """Raise `UserError` unless a new file can be written there; creates its directory, so that it stays so."""
+def finished(file: Path | None, identity: dict) -> dict | None:
+    """The result that a file holds already, if it answers the same question; None if there is no such file yet.
+
+    `identity` is the question, kept in the result under that name. Raises `UserError` where no new file can be written,
+    or one that holds something else would be lost; creates the file's directory, so that it stays so.
+    """
+    if file is None:
+        return None
     try:
-        is_new = not file.exists()
-        if is_new:
+        if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.open("x").close()
             file.unlink()
+            return None
+        content = json.loads(file.read_bytes())
+        is_same = content["identity"] == json.loads(json.dumps(identity))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; name another file") from error
-    if not is_new:
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_same = False
+    if not is_same:
         raise UserError(f"{file} exists and is not overwritten: name another file or remove it")
+    print(f"{file} has this result already; remove it to measure again")
+    return content
 
 
 def write_json(content: dict, file: Path) -> None:
