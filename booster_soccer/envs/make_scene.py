@@ -147,7 +147,7 @@ def _add_body(parent: ET.Element, model: mujoco.MjModel, body_id: int) -> None:
     if name in ROBOT_COLLIDERS:
         _add_collider(body, model, name)
     for child in np.flatnonzero(model.body_parentid == body_id):
-        _add_body(body, model, child)
+        _add_body(body, model, int(child))
 
 
 def _add_sensors(root: ET.Element) -> None:
@@ -217,7 +217,7 @@ def scene_xml(model: mujoco.MjModel) -> str:
         _add(actuator, "motor", name=joint, joint=joint, ctrlrange=model.actuator(ROBOT_PREFIX + joint).ctrlrange)
     _add_sensors(root)
     for element in root.iter("geom"):
-        contype, conaffinity = COLLISION_BITS[element.get("name")]
+        contype, conaffinity = COLLISION_BITS[element.attrib["name"]]
         element.set("contype", str(contype))
         element.set("conaffinity", str(conaffinity))
     ET.indent(root, space="  ")

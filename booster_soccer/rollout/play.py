@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -29,8 +29,14 @@ from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.rollout.lanes import Lanes, OfficialLanes, SceneLanes, Sight, TwinLanes
 from booster_soccer.rollout.processes import Workers
 
-# (87,) float32 observation -> (12,) action in [-1, 1]; None stands for zero torque.
-Policy = Callable[[np.ndarray], np.ndarray] | None
+
+class Act(Protocol):
+    """(87,) float32 observation -> (12,) action in [-1, 1]."""
+
+    def __call__(self, obs: np.ndarray, /) -> np.ndarray: ...
+
+
+Policy = Act | None  # None stands for zero torque
 
 BACKENDS = ("official", "twin", "scene")
 _EPISODES_PER_JOB = 25  # of one process of twins: enough lanes to share the overhead, few enough for progress

@@ -210,7 +210,7 @@ def _parse_table(path: Path, name: str, content: bytes) -> dict[str, np.ndarray]
     return table
 
 
-def _check_table(path: Path, name: str, table: dict[str, np.ndarray]) -> None:
+def _check_table(path: Path, name: str, table: Mapping[str, np.ndarray]) -> None:
     """Raise `UserError` unless the arrays of a file have their types and shapes and are finite."""
     for key, value in table.items():
         what = f"checkpoint {path}: {name}: {key[:60]!r}"
@@ -228,7 +228,7 @@ def _check_table(path: Path, name: str, table: dict[str, np.ndarray]) -> None:
             raise UserError(f"checkpoint {path}: {name} does not hold 16 pairs; {AGAIN}")
 
 
-def _check_names(path: Path, stage: str, arrays: dict[str, np.ndarray]) -> None:
+def _check_names(path: Path, stage: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise `UserError` if a stage's arrays have the names of another (`agents/policy.py`)."""
     if ("actor.input.kernel" in arrays) != (stage == "pretrained"):
         raise UserError(f"checkpoint {path}: {ARRAYS} holds no {stage!r} policy; {AGAIN}")

@@ -144,7 +144,7 @@ def check(path: Path, manifest: dict[str, Any]) -> None:
             raise refuse(key)
     if manifest["stage"] not in STAGES:
         raise refuse("stage")
-    known = set()
+    known: set[str] = set()
     for ancestor in manifest["lineage"]:
         if not (_is_reference(ancestor, {"stage", "hash", "parents"}) and set(ancestor["parents"]) <= known):
             raise refuse("lineage")
@@ -173,7 +173,8 @@ def _lineage(parents: Sequence[tuple[str, str, dict[str, Any]]]) -> tuple[list[d
 
     The lineage names every ancestor once, parents before their children, each with the hashes of its own parents.
     """
-    references, ancestors = [], {}
+    references: list[dict] = []
+    ancestors: dict[str, dict] = {}
     for stage, hash_, manifest in parents:
         for ancestor in manifest["lineage"]:
             ancestors.setdefault(ancestor["hash"], ancestor)

@@ -29,7 +29,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
-from booster_soccer.store.manifests import plain
+from booster_soccer.store.manifests import MANIFEST, plain
 from booster_soccer.store.places import check_output_dir, delete, places
 from booster_soccer.store.replay import Replay, Rows, Segments
 from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
@@ -121,7 +121,7 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the result of this very run is there; then what a kill left of its state goes."""
-        if not (self.out / checkpoints.MANIFEST).exists():
+        if not (self.out / MANIFEST).exists():
             return False
         result = checkpoints.load(self.out, (self.stage,))
         self._check_same(result, self.free - {"total_steps"})
@@ -134,7 +134,7 @@ class Run:
         """Whether there is a state to go on from; a new run never goes over an old one."""
         check_output_dir(self.out)
         check_output_dir(self.resume_path)
-        has_result = (self.out / checkpoints.MANIFEST).exists()
+        has_result = (self.out / MANIFEST).exists()
         has_state = any(place.exists() for place in places(self.resume_path))
         if not resume and (has_result or has_state):
             raise UserError(f"{self.out} holds a run: give --resume to go on with it, or another --out")
@@ -156,7 +156,7 @@ class Run:
             def fill(replay: Replay) -> None:
                 if "replay.safetensors" not in saved.manifest["files"]:
                     raise WrongRun(
-                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill to fill a new one"
+                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill for a new one"
                     )
                 table = checkpoints.load_extra(saved, "replay")
                 self.segments.read(table, replay, int(progress["added"]))
@@ -305,7 +305,7 @@ class Run:
 
 
 def _as_table(kept: Mapping[str, Candidate]) -> dict[str, np.ndarray]:
-    table = {}
+    table: dict[str, np.ndarray] = {}
     for name, candidate in kept.items():
         table |= {f"{name}.steps": np.array(candidate.steps), f"{name}.scores": candidate.scores}
         table |= {f"{name}.arrays.{path}": value for path, value in candidate.arrays.items()}
@@ -324,7 +324,7 @@ def _from_table(table: Mapping[str, np.ndarray], path: Path) -> dict[str, Candid
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
