@@ -200,17 +200,18 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         lanes = player.OfficialLanes(task, replay, _hold_steps(config))
         replayed = list(player.play(lanes, policy, [player.Episode(task, seed) for seed in seeds]))
         env.close()
+        apart = _max_difference(scores, [result.score for result in replayed])
         tasks[task] = {
             "mean": float(np.mean(scores)),
             "scores": scores,
             "seeds": seeds,
             "steps": [result.steps for result in replayed],
-            "same_torques_max_difference": _max_difference(scores, [result.score for result in replayed]),
+            "same_torques_max_difference": apart,
             "torque_max_difference_nm": replay.max_difference_nm,
         }
         # The SDK does not count an episode's last step.
         lengths_agree = np.allclose(seconds, [(result.steps - 1) * c.PHYSICS_DT_S for result in replayed])
-        if not (tasks[task]["same_torques_max_difference"] <= SCORE_TOLERANCE and lengths_agree):
+        if not (apart <= SCORE_TOLERANCE and lengths_agree):
             raise UserError(
                 f"task '{task}': the SDK's benchmark scored {scores}, our runner with the same torques "
                 f"{[result.score for result in replayed]}: one of the two has changed; use the pinned sai-rl "

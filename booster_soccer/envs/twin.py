@@ -322,7 +322,7 @@ class TwinEnv:
             for name, values in terms.items()
             if name in self._source.reward_weights
         ]
-        return np.sum(np.stack(weighted, axis=-1), axis=-1, dtype=np.float32)
+        return np.asarray(np.sum(np.stack(weighted, axis=-1), axis=-1, dtype=np.float32))
 
     # --- observation --------------------------------------------------------------------------------
 

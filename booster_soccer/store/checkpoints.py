@@ -87,13 +87,13 @@ def save(
     if len(tables) != 2 + len(extra_arrays or {}) or not all(map(ARRAY_FILE.fullmatch, tables)):
         raise ValueError(f"extra_arrays: names must be like 'optimizer', got {sorted(extra_arrays or {})}")
     # Contiguous, because safetensors writes the memory as it lies.
-    tables = {
+    files = {
         name: {key: np.asarray(value, order="C") for key, value in table.items()} for name, table in tables.items()
     }
-    for name, table in tables.items():
-        _check_table(target, name, table)
+    for name, arrays_of_file in files.items():
+        _check_table(target, name, arrays_of_file)
     manifest = manifests.new(stage, [(p.stage, p.hash, p.manifest) for p in parents], config, seed, steps, metrics)
-    manifest["files"] = dict.fromkeys(tables, "0" * 64)
+    manifest["files"] = dict.fromkeys(files, "0" * 64)
     manifests.check(target, manifest)
     with os_errors(f"write checkpoint {target}", "the last one is kept; " + OTHER_PLACE):
         check_target(target, stage, [parent.path for parent in parents], overwrite)
@@ -101,8 +101,8 @@ def save(
         remove(writing)  # what a killed save left
         try:
             os.makedirs(writing)
-            for name, table in tables.items():
-                content = safetensors.numpy.save(table)
+            for name, arrays_of_file in files.items():
+                content = safetensors.numpy.save(arrays_of_file)
                 manifest["files"][name] = hashlib.sha256(content).hexdigest()
                 write_file(writing / name, content)
             write_file(writing / MANIFEST, manifests.to_bytes(manifest))
