@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
-from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
+from booster_soccer.rollout.play import Episode, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking.report import PLOT_SUFFIXES, plot, print_result, reserve, worst_episodes, write_json
+from booster_soccer.tracking import report
+from booster_soccer.tracking.report import PLOT_SUFFIXES, reserve
 
 
 @dataclass(frozen=True)
@@ -86,23 +84,6 @@ def replay_command(config: Config, episode: Episode) -> str:
     return shlex.join(map(str, words))
 
 
-def _play_only(config: Config, policy: Policy, title: str) -> dict:
-    """Play the episode of `--only` and print everything that is measured in it."""
-    [result] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
-    table = Table(title=f"{title}, {config.only}: {ending(result)}", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    rows = asdict(result)
-    for name, value in rows.pop("terms").items():
-        table.add_row(f"term {name}", f"{value:+.6f}")
-    table.add_section()
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
-    Console().print(table)
-    settings = {"backend": config.backend, "start_noise_rad": config.start_noise}
-    return settings | asdict(result) | {"ending": ending(result)}
-
-
 def main(config: Config) -> dict:
     """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
     _check(config)
@@ -117,20 +98,23 @@ def main(config: Config) -> dict:
 
     started = time.perf_counter()
     if config.only is not None:
-        result = subject | _play_only(config, policy, title)
+        [played] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
+        settings = {"backend": config.backend, "start_noise_rad": config.start_noise}
+        result = subject | settings | asdict(played) | {"ending": ending(played)}
+        report.print_episode(asdict(played), f"{title}, {config.only}: {result['ending']}")
     else:
         result = subject | evaluate(
             policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers
         )
-        print_result(result, title)
-        worst = worst_episodes(result["tasks"]["target"])[0]
+        report.print_result(result, title)
+        worst = report.worst_episodes(result["tasks"]["target"])[0]
         print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")
     print(f"{time.perf_counter() - started:.0f} s")
     if config.plot is not None:
-        plot(result, title, config.plot)
+        report.plot(result, title, config.plot)
         print(config.plot)
     if config.json is not None:
-        write_json(result, config.json)
+        report.write_json(result, config.json)
     return result
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import chain
-import evaluate
 import submit
 from booster_soccer import errors
 from booster_soccer.agents.policy import policy_from_arrays
@@ -23,6 +22,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.store import checkpoints
 from booster_soccer.store.replay import Replay, Segments
+from booster_soccer.tracking import report
 
 HIDDEN = 8
 ARRAYS = {
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_replay_segments_and_summary(small_disk, capsys):
     replay.add(reward=np.ones(29_000, np.float32))
     assert "No space left on device" in printed(capsys, segments.write, replay)
     assert "No space left on device" in printed(capsys, chain.write_summary, config, summary | {"scores": ["x"] * 999})
-    assert "No space left on device" in printed(capsys, lambda: evaluate.write_json({"x": 1}, small_disk / "x.json"))
+    assert "No space left on device" in printed(capsys, lambda: report.write_json({"x": 1}, small_disk / "x.json"))
     assert contents(small_disk) == before
     again = Replay(30_000, {"reward": ()})
     Segments(segments.directory).read(table, again, 1000)
@@ -137,7 +137,7 @@ def test_a_read_only_place_is_refused_before_any_work(read_only, capsys):
         assert f"cannot write into {read_only}" in printed(capsys, checkpoints.check_output_dir, read_only / out)
         assert "Read-only file system" in printed(capsys, save, read_only / out, 2)
     assert checkpoints.load(read_only / "run").manifest["steps"] == 1
-    assert "Read-only" in printed(capsys, evaluate.reserve, read_only / "x.json")
+    assert "Read-only" in printed(capsys, report.reserve, read_only / "x.json")
     assert "Read-only" in printed(capsys, chain.main, chain.Config(out=read_only / "chain"))
     assert "Read-only" in printed(capsys, submit.main, submit.Config(read_only / "run", read_only / "package"))
     replay = Replay(10, {"reward": ()})
