@@ -36,7 +36,7 @@ from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.agents import conversion
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, scene
 from booster_soccer.errors import UserError
@@ -155,6 +155,9 @@ def _observe(obs, info, xp):
     return observe(obs[..., SLICES["joint_pos"]], obs[..., SLICES["joint_vel"]], info, xp)
 
 
+_observe_in_jax = jax.jit(functools.partial(_observe, xp=jnp))
+
+
 def in_numpy(obs: np.ndarray, info: Info) -> np.ndarray:
     """The observation (..., 87) in NumPy's float64."""
     return _observe(obs, info, np)
@@ -166,11 +169,6 @@ def in_jax(obs: np.ndarray, info: Info, x64: bool = False) -> np.ndarray:
     info = {key: value.astype(dtype) for key, value in info.items()}
     with jax.enable_x64(x64):
         return np.asarray(_observe_in_jax(obs.astype(dtype), info))
-
-
-@jax.jit
-def _observe_in_jax(obs: jax.Array, info: dict[str, jax.Array]) -> jax.Array:
-    return _observe(obs, info, jnp)
 
 
 def submitted_preprocessor():
@@ -233,17 +231,15 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
         ):
             apart, feature = difference(actual, expected)
             pairs.setdefault(name, []).append((apart, f"{task}, {feature}"))
-    checks = []
+    checks, remedy = [], "compare this row in preprocess/observation.py and preprocess/submission.py"
     for name, found in pairs.items():
         apart, where = max(found, key=lambda pair: np.nan_to_num(pair[0], nan=np.inf))
         limit = FLOAT64_LIMIT if "float64" in name else FLOAT32_LIMIT
-        remedy = "compare this row in preprocess/observation.py and preprocess/submission.py"
         checks.append(Check(1, f"observation, {name}", apart, 0.0, limit, where, remedy))
     worst, task = max((rotation_error(task, seed), task) for task in c.TASKS)
     remedy = "look at the quaternion's order in preprocess/observation.py (MuJoCo: wxyz, official info: xyzw)"
-    where = f"{task}, robots turned"
-    checks.append(Check(1, "rotation, by MuJoCo's own matrix", worst, 0.0, ROTATION_LIMIT, where, remedy))
-    return checks
+    rotation = "rotation, by MuJoCo's own matrix"
+    return [*checks, Check(1, rotation, worst, 0.0, ROTATION_LIMIT, f"{task}, robots turned", remedy)]
 
 
 # --- gate 2: the policy ---------------------------------------------------------------------------------
@@ -256,16 +252,13 @@ def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.nda
     where, remedy = f"{len(obs)} real and golden observations", "convert again with convert_jax2torch.py"
     checks = [
         Check(2, f"action, JAX and PyTorch actors, {name}", differences[name], 0.0, limit, where, remedy)
-        for name, limit in conversion.ACTION_LIMITS.items()
+        for name, limit in ACTION_LIMITS.items()
     ]
     spread = conversion.log_std_report(conversion.log_std(pretrained.arrays, real_obs))
-    where, remedy = (
-        f"{len(real_obs)} real observations",
-        "pre-training diverged: take an earlier checkpoint or train on",
-    )
-    for name, end in (("lowest", "min"), ("highest", "max")):
-        limits = conversion.LOG_STD_RANGE
-        checks.append(Check(2, f"log_std before clipping, {name}", spread[end], *limits, where, remedy))
+    low, high = spread.pop("range")
+    where, remedy = f"{len(real_obs)} real observations", "pre-training diverged: take an earlier checkpoint"
+    for end in ("min", "max"):
+        checks.append(Check(2, f"log_std before clipping, {end}", spread[end], low, high, where, remedy))
     return checks, spread
 
 
@@ -282,9 +275,9 @@ def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Con
         with tempfile.TemporaryDirectory() as directory:
             recorded = Recorded(after, Path(directory))
             played = evaluate(recorded, config.episodes, seed, config.start_noise, config.backend)
-            met = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
+            files = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
         expected = evaluate(before, config.episodes, seed, config.start_noise, config.backend)
-        met = np.concatenate(met).reshape(-1, OBS_SIZE)
+        met = np.concatenate(files).reshape(-1, OBS_SIZE)
         apart = float(np.maximum(apart, np.abs(after(met) - before(met)).max()))
         observations += len(met)
         rounds.append({"seed": seed, "pretrained": _scores(expected), "converted": _scores(played)})
@@ -292,7 +285,7 @@ def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Con
         if low <= played["mean"] <= high:
             break
     where, remedy = f"{observations:,} observations that the converted policy met", "convert again"
-    limit = conversion.ACTION_LIMITS["float64"]  # that is how both are computed here
+    limit = ACTION_LIMITS["float64"]  # that is how both are computed here
     actions = Check(2, "action along the trajectory", apart, 0.0, limit, where, remedy)
     where = f"{config.episodes} starts per task, master seed {seed}, round {len(rounds)} of at most {_SCORE_ROUNDS}"
     remedy = "every round missed, so the two policies play differently: convert again"
@@ -347,15 +340,13 @@ def compare_behaviour(
     for name, tolerance in TOLERANCES.items():
         allowed, standard_error = limit(tolerance, expected[name], actual[name])
         sides = {"pretraining": _side(expected[name]), "official": _side(actual[name])}
-        difference_of_means = sides["official"]["mean"] - sides["pretraining"]["mean"]
-        numbers[name] = sides | {"difference": difference_of_means, "standard_error": standard_error, "limit": allowed}
-        low = None if tolerance.worse == "more" else -allowed
-        high = None if tolerance.worse == "less" else allowed
+        apart = sides["official"]["mean"] - sides["pretraining"]["mean"]
+        numbers[name] = sides | {"difference": apart, "standard_error": standard_error, "limit": allowed}
+        low, high = (None if tolerance.worse == side else sign * allowed for side, sign in (("more", -1), ("less", 1)))
         spreads = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
         where = f"{len(actual[name])} starts, {spreads}"
         remedy = "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer"
-        title = f"{task}: {name}, official - pre-training"
-        checks.append(Check(3, title, difference_of_means, low, high, where, remedy))
+        checks.append(Check(3, f"{task}: {name}, official - pre-training", apart, low, high, where, remedy))
     return checks, numbers
 
 
@@ -374,9 +365,8 @@ def behaviour_checks(pretrained: Checkpoint, converted: Checkpoint, config: Conf
     checks, numbers = [], {}
     for i, task in enumerate(c.TASKS):
         mine = slice(i * len(seeds), (i + 1) * len(seeds))
-        of_task, numbers[task] = compare_behaviour(
-            task, *({name: values[mine] for name, values in side.items()} for side in sides)
-        )
+        pair = ({name: values[mine] for name, values in side.items()} for side in sides)
+        of_task, numbers[task] = compare_behaviour(task, *pair)
         checks += of_task
     return checks, {"backend": config.backend, "starts_per_task": len(seeds), "tasks": numbers}
 
@@ -426,11 +416,11 @@ def main(config: Config) -> dict[str, Any]:
     of_trajectory, scores = trajectory_checks(pretrained, converted, config)
     of_behaviour, behaviour = behaviour_checks(pretrained, converted, config)
     checks += of_actor + of_trajectory + of_behaviour
+    given = {"pretrained": pretrained, "converted": converted}
     report = {
         "passed": all(check.passed for check in checks),
         "identity": identity,
-        "pretrained": {"checkpoint": str(config.pretrained), "hash": pretrained.hash},
-        "converted": {"checkpoint": str(config.converted), "hash": converted.hash},
+        **{name: {"checkpoint": str(of.path), "hash": of.hash} for name, of in given.items()},
         "seed": config.seed,
         "states_per_task": {"visited": config.states, "turned": config.states // 2},
         "checks": [asdict(check) | {"passed": check.passed} for check in checks],
@@ -438,54 +428,24 @@ def main(config: Config) -> dict[str, Any]:
         "scores": scores,
         "behaviour": behaviour,
     }
-    _print(checks, report)
+    _print(checks)
     if config.json is not None:
         write_json(report, config.json)
     return report
 
 
-def _print(checks: list[Check], report: dict[str, Any]) -> None:
-    """The tables on stdout, a line for each failure on stderr."""
-    table = Table(title="Gates 1 and 2")
-    for column in ("gate", "check", "measured", "limits", "verdict"):
+def _print(checks: list[Check]) -> None:
+    """A table on stdout, a line for each failure on stderr."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("gate", "check", "measured", "limits", "of", ""):
         table.add_column(column)
     for check in checks:
-        if check.gate < 3:
-            table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", check.limits, _verdict(check))
-    console, log_std = Console(), report["log_std"]
-    console.print(table)
-    spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
-    console.print(f"log_std before clipping: {spread}")
-    console.print(_behaviour_table([check for check in checks if check.gate == 3], report["behaviour"]))
-    for check in checks:
+        verdict, number = "passed" if check.passed else "FAILED", f"{check.measured:.3g}"
+        table.add_row(str(check.gate), check.name, number, check.limits, check.where, verdict)
         if not check.passed:
-            print(
-                f"failed: gate {check.gate}, {check.name}: {check.measured:.3g} is not within "
-                f"{check.limits} ({check.where}); {check.remedy}",
-                file=sys.stderr,
-            )
-
-
-def _verdict(check: Check) -> str:
-    return "passed" if check.passed else "FAILED"
-
-
-def _behaviour_table(checks: list[Check], behaviour: dict[str, Any]) -> Table:
-    """Gate 3: mean and standard deviation on both sides, and the difference of the means with its limits."""
-    title = f"Gate 3: {behaviour['starts_per_task']} starts a task, official side in: {behaviour['backend']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "pre-training", "official", "difference", "allowed", "verdict"):
-        table.add_column(column, justify="left" if column in ("", "verdict") else "right", no_wrap=True)
-    rows = ((task, name, of) for task, names in behaviour["tasks"].items() for name, of in names.items())
-    for (task, name, of), check in zip(rows, checks, strict=True):
-        digits = 0 if name == "steps" else 2
-        sides = [
-            f"{side['mean']:.{digits}f} ± {side['std']:.{digits}f}" for side in (of["pretraining"], of["official"])
-        ]
-        signs = {"more": "+", "less": "-", "both": "±"}
-        allowed = f"{signs[TOLERANCES[name].worse]}{of['limit']:.{digits}f}"
-        table.add_row(f"{task} {name}", *sides, f"{of['difference']:+.{digits}f}", allowed, _verdict(check))
-    return table
+            failure = f"{check.name}: {number} is not within {check.limits} ({check.where}); {check.remedy}"
+            print(f"failed: gate {check.gate}, {failure}", file=sys.stderr)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
-from booster_soccer.store import checkpoints
+from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.places import is_vacant
 
 FORMAT = "booster-soccer submission"
@@ -60,7 +60,6 @@ KEY_VARIABLE = "SAI_API_KEY"
 SCORE_TOLERANCE = 1e-9  # same torques in the same environment: only the order of a sum may differ
 # Rounding to float32: some 1e-6 in an action, times gains of up to 200 N m/rad.
 TORQUE_TOLERANCE_NM = 0.01
-_PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "sai-mujoco", "sai-rl")
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
             "code": checkpoint.manifest["code"],
             "observation_layout": LAYOUT_HASH,
             "official_score": score["mean"],
-            "versions": _versions(),
+            "versions": manifests.versions(),
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": {file: _sha256(work / file) for file in _FILES},
         }
@@ -220,8 +219,8 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         if not replay.max_difference_nm <= TORQUE_TOLERANCE_NM:
             raise UserError(
                 f"task '{task}': the submitted model's torque differs from our own control's by "
-                f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: "
-                "booster_soccer/agents/submission_model.py and booster_soccer/envs/pd.py disagree, so neither can be trusted; report this"
+                f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: agents/submission_model.py and "
+                "envs/pd.py disagree, so neither can be trusted; report this"
             )
     if config.hold:
         _add_evaluation(tasks, policy, player)
@@ -259,21 +258,11 @@ def sdk_benchmark(
 def sdk_task(sdk: SimpleNamespace, task: str):
     """The SDK's description of one of our tasks, with the official score as its evaluation function."""
     version = importlib.metadata.version("sai-mujoco")
-    environment = sdk.EnvironmentType(
-        id=task,
-        name=task,
-        gymId=c.GYM_ID[task],
-        type="gymnasium",
-        actionType="continuous",
-        package=sdk.PackageType(id="sai_mujoco", name="sai_mujoco", version=version),
-    )
-    return sdk.TaskType(
-        id=task,
-        environment=environment,
-        evaluationFn=evaluation_source(task),
-        index=c.TASKS.index(task),
-        totalTaskCount=c.NUM_TASKS,
-    )
+    package = sdk.PackageType(id="sai_mujoco", name="sai_mujoco", version=version)
+    kind = {"type": "gymnasium", "actionType": "continuous", "package": package}
+    environment = sdk.EnvironmentType(id=task, name=task, gymId=c.GYM_ID[task], **kind)
+    place = {"index": c.TASKS.index(task), "totalTaskCount": c.NUM_TASKS}
+    return sdk.TaskType(id=task, environment=environment, evaluationFn=evaluation_source(task), **place)
 
 
 def evaluation_source(task: str) -> str:
@@ -420,10 +409,6 @@ def _sha256(file: Path) -> str:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 import submit
 from booster_soccer import errors
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.store import checkpoints
-from booster_soccer.store.atomic import write_file
 from booster_soccer.store.places import check_output_dir
 from booster_soccer.store.replay import Replay, Segments
+from booster_soccer.tracking import report
 
 HIDDEN = 8
 ARRAYS = {
@@ -115,8 +114,7 @@ def test_a_full_disk_leaves_replay_segments_and_nothing_half_written(small_disk,
     before = contents(small_disk)
     replay.add(reward=np.ones(29_000, np.float32))
     assert "No space left on device" in printed(capsys, segments.write, replay)
-    assert "No space left on device" in printed(capsys, write_file, small_disk / "summary.json", bytes(99_999))
-    assert "No space left on device" in printed(capsys, lambda: evaluate.write_json({"x": 1}, small_disk / "x.json"))
+    assert "No space left on device" in printed(capsys, lambda: report.write_json({"x": 1}, small_disk / "x.json"))
     assert contents(small_disk) == before
     again = Replay(30_000, {"reward": ()})
     Segments(segments.directory).read(table, again, 1000)
@@ -132,7 +130,7 @@ def test_a_read_only_place_is_refused_before_any_work(read_only, capsys):
         assert f"cannot write into {read_only}" in printed(capsys, check_output_dir, read_only / out)
         assert "Read-only file system" in printed(capsys, save, read_only / out, 2)
     assert checkpoints.load(read_only / "run").manifest["steps"] == 1
-    assert "Read-only" in printed(capsys, evaluate.reserve, read_only / "x.json")
+    assert "Read-only" in printed(capsys, report.finished, read_only / "x.json", {})
     assert "Read-only" in printed(capsys, submit.main, submit.Config(read_only / "run", read_only / "package"))
     replay = Replay(10, {"reward": ()})
     replay.add(reward=np.ones(5, np.float32))

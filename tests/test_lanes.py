@@ -8,20 +8,17 @@ from booster_soccer.envs import official, pd
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rollout.lanes import Lanes, OfficialEngine, Player, TwinEngine, check_num_lanes, episode_seed
+from booster_soccer.rollout.lanes import OfficialLanes
+from booster_soccer.rollout.play import Episode, episode_seed, hold_default_pose, play
+from booster_soccer.rollout.workers import EndlessLanes, WorkerLanes, check_num_lanes
 
 NOISE_RAD = 0.02
 ZEROS, ONES = np.zeros((1, c.NUM_JOINTS), np.float32), np.ones((1, c.NUM_JOINTS), np.float32)
 
 
-@pytest.fixture(scope="module")
-def engine() -> OfficialEngine:
-    return OfficialEngine("obstacle", 1)
-
-
 @pytest.fixture
-def player(engine) -> Player:
-    return Player(engine, [(7,)], NOISE_RAD)
+def player() -> EndlessLanes:
+    return EndlessLanes("official", "obstacle", [(7,)], NOISE_RAD)
 
 
 def test_an_action_is_ten_physics_steps_of_the_official_control(player):
@@ -45,7 +42,7 @@ def test_an_action_is_ten_physics_steps_of_the_official_control(player):
     np.testing.assert_allclose(step.reading.aim_pos_w[0], data.site("goalarea_site").xpos, rtol=0, atol=1e-9)
 
 
-def test_the_end_pays_the_score_and_keeps_the_final_observation(player, engine):
+def test_the_end_pays_the_score_and_keeps_the_final_observation(player):
     player.start()
     step = player.step(ONES)
     while not step.terminated[0]:
@@ -55,7 +52,7 @@ def test_the_end_pays_the_score_and_keeps_the_final_observation(player, engine):
     assert step.fell[0] and not step.truncated[0] and not step.success[0]
     # Fallen, no touch: -1.5 - 1.0, and 0.25 (1 - tanh d) of about two metres of distance.
     assert step.score[0] == pytest.approx(-2.5 + 0.01, abs=0.01)
-    obs, info = official.reset(engine._env, episode_seed(7, 1), NOISE_RAD)
+    obs, info = official.reset(official.make("obstacle"), episode_seed(7, 1), NOISE_RAD)
     np.testing.assert_array_equal(step.next_obs[0], Preprocessor().modify_state(obs, info)[0])
     assert not np.array_equal(step.obs, step.next_obs)
 
@@ -73,11 +70,11 @@ def test_an_episode_is_its_seed_and_its_actions(player):
     np.testing.assert_array_equal(player.step(actions[15]).obs, steps[15].obs)
 
 
-def test_a_broken_simulation_ends_its_episode_with_the_last_good_numbers(player, engine):
+def test_a_broken_simulation_ends_its_episode_with_the_last_good_numbers(player):
     """MuJoCo starts again by itself, which looks like an ordinary step from outside."""
     player.start()
     good = player.step(ZEROS)
-    engine._env.unwrapped.sim.data._data.qvel[:] = np.nan
+    player.lanes.env.env.unwrapped.sim.data._data.qvel[:] = np.nan
     step = player.step(ZEROS)
     assert step.terminated[0] and not step.truncated[0] and step.score == [0.0]
     np.testing.assert_array_equal(step.obs, good.obs)
@@ -91,8 +88,8 @@ def test_a_broken_simulation_ends_its_episode_with_the_last_good_numbers(player,
 def test_twin_lanes_are_official_lanes(task):
     """Two lanes of the twin, of which one falls on the way, against two official environments."""
     keys = [(3, 0), (3, 1)]
-    twins = Player(TwinEngine(task, 2), keys, NOISE_RAD)
-    officials = [Player(OfficialEngine(task, 1), [key], NOISE_RAD) for key in keys]
+    twins = EndlessLanes("twin", task, keys, NOISE_RAD)
+    officials = [EndlessLanes("official", task, [key], NOISE_RAD) for key in keys]
     for theirs, ours in zip(_columns([player.start() for player in officials]), _flat(twins.start())):
         np.testing.assert_array_equal(ours, theirs)
     rng = np.random.default_rng(0)
@@ -113,10 +110,9 @@ def test_twin_lanes_are_official_lanes(task):
 
 
 def test_time_running_out_pays_the_score_and_is_no_end():
-    engine = TwinEngine("target", 1)
-    player = Player(engine, [(5,)], NOISE_RAD)
+    player = EndlessLanes("twin", "target", [(5,)], NOISE_RAD)
     player.start()
-    engine._env.steps[:] = c.EPISODE_PHYSICS_STEPS - 15
+    player.lanes.env.steps[:] = c.EPISODE_PHYSICS_STEPS - 15
     for physics_steps, over in ((4995, False), (5000, True)):
         step = player.step(ZEROS)
         assert step.physics_steps == [physics_steps]
@@ -138,12 +134,12 @@ def _columns(steps: list) -> list[np.ndarray]:
 @pytest.mark.parametrize(("backend", "number"), [("official", 3), ("twin", 6)])
 def test_lanes_run_side_by_side_and_come_back(backend, number):
     actions = np.random.default_rng(1).uniform(-0.3, 0.3, (12, number, c.NUM_JOINTS)).astype(np.float32)
-    with Lanes(backend, number, 4, NOISE_RAD) as lanes:
-        assert lanes.task == number // 3 * list(c.TASKS)
+    with WorkerLanes(backend, number, 4, NOISE_RAD) as lanes:
+        assert lanes.tasks == number // 3 * list(c.TASKS)
         obs, reading = lanes.start()
         assert obs.shape == (number, OBS_SIZE) and reading.aim_pos_w.shape == (number, 3)
         one_hot = obs[:, SLICES["task_one_hot"]]
-        np.testing.assert_array_equal(one_hot, np.eye(3)[[c.TASKS.index(task) for task in lanes.task]])
+        np.testing.assert_array_equal(one_hot, np.eye(3)[[c.TASKS.index(task) for task in lanes.tasks]])
         for now in actions[:6]:
             lanes.send(now)
             lanes.receive()
@@ -153,15 +149,14 @@ def test_lanes_run_side_by_side_and_come_back(backend, number):
             lanes.send(now)
             went_on.append(lanes.receive())
         lanes.restore(state)
-        results = lanes.validate(official.hold_default_pose, [11, 12], NOISE_RAD)  # leaves no trace
+        results = lanes.validate(hold_default_pose, [11, 12], NOISE_RAD)  # leaves no trace
         for now, then in zip(actions[6:], went_on):
             lanes.send(now)
             again = lanes.receive()
             np.testing.assert_array_equal(again.obs, then.obs)
             np.testing.assert_array_equal(again.physics_steps, then.physics_steps)
     assert [(r.task, r.seed) for r in results] == [(task, seed) for task in c.TASKS for seed in (11, 12)]
-    expected = official.run_episode(official.make("target"), "target", official.hold_default_pose, 12, NOISE_RAD)
-    assert results[-1] == expected
+    assert results[-1:] == list(play(OfficialLanes("target"), hold_default_pose, [Episode("target", 12)], NOISE_RAD))
 
 
 def test_every_task_needs_as_many_lanes():

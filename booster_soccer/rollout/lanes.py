@@ -179,10 +179,10 @@ class SceneLanes:
         return after, self._observe_lane(view, after), r.imu_pos_w, ball, events, raw, score
 
     def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
-        lanes, address = np.asarray(lanes, int), self._rules.address
+        address = self._rules.address
         state = self._jax.tree.map(np.array, self._state)
         for leaf, fresh in zip(self._jax.tree.leaves(state), self._jax.tree.leaves(self._fresh), strict=True):
-            leaf[lanes] = fresh[lanes]
+            leaf[list(lanes)] = fresh[list(lanes)]
         qpos = np.zeros((len(lanes), self._rules.nq))
         for row, lane, seed in zip(qpos, lanes, seeds, strict=True):
             task = self.tasks[lane]
@@ -196,7 +196,7 @@ class SceneLanes:
             state.task[lane] = c.TASKS.index(task)
             state.target_pos_w[lane] = target_rel_w + imu_pos_w * np.any(target_rel_w)  # the goalie task has none
             state.defender_pos_w[lane] = np.reshape(info["defender_xpos"], (c.NUM_DEFENDERS, 3))
-        self._engine.reset(lanes, qpos, np.zeros((len(lanes), self._rules.nv)))
+        self._engine.reset(np.asarray(lanes, int), qpos, np.zeros((len(lanes), self._rules.nv)))
         self._state, self._alive[lanes], self._ball_height_max_m[lanes] = state, True, 0.0
         self._obs = np.array(self._observe(self._engine.view(), state))
         self._imu_pos_w = np.array(self._imu_pos_w, float)

@@ -93,7 +93,7 @@ def reference_policy(name: str) -> Policy:
 class Recorded(NamedTuple):
     """A policy that appends every observation it acts on to a file of its process."""
 
-    policy: Policy
+    policy: Act
     directory: Path
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def play(
     Raises `UserError` if no lane plays an episode's task, or if the policy returns a wrong shape or a number
     that is not finite.
     """
-    waiting = {task: collections.deque() for task in lanes.tasks}
+    waiting: dict[str, collections.deque[tuple[int, Episode]]] = {task: collections.deque() for task in lanes.tasks}
     for number, episode in enumerate(episodes):
         if episode.task not in waiting:
             raise UserError(f"no lane plays task '{episode.task}', only {', '.join(waiting)}: use other lanes")
@@ -148,7 +148,7 @@ def _from_ball_m(now: Sight) -> np.ndarray:
     return _horizontal_m(now.imu_pos_w - now.ball.centre_pos_w)
 
 
-def _actions(policy: Policy, lanes: Lanes, steps: np.ndarray, playing: dict[int, tuple[int, Episode]]) -> np.ndarray:
+def _actions(policy: Act, lanes: Lanes, steps: np.ndarray, playing: dict[int, tuple[int, Episode]]) -> np.ndarray:
     """The policy's actions (B, 12), zero in lanes that do not play, in the type that it returns."""
     obs = lanes.observe()
     rows = {lane: np.asarray(policy(obs[lane])) for lane in playing}
@@ -274,7 +274,7 @@ class _Booth:
 
 
 def record(
-    task: str, policy: Policy, count: int, seed_of: Callable[[int], int], start_noise_rad: float, env: gym.Env
+    task: str, policy: Act, count: int, seed_of: Callable[[int], int], start_noise_rad: float, env: gym.Env
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """What a policy meets in an official environment, one at each action: observations (count, 87), and the raw
     ones (count, raw) and info (count, ...) that they were made from.
@@ -296,7 +296,7 @@ def record(
     return np.stack(observed), np.stack(raw), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
 
 
-def met_observations(policy: Policy, per_task: int, seed: int, start_noise_rad: float) -> np.ndarray:
+def met_observations(policy: Act, per_task: int, seed: int, start_noise_rad: float) -> np.ndarray:
     """Observations (3 * per_task, 87) that a policy meets in the three official environments."""
     seed_of = functools.partial(episode_seed, seed)
     met = (record(task, policy, per_task, seed_of, start_noise_rad, official.make(task))[0] for task in c.TASKS)

@@ -48,7 +48,7 @@ _TYPES = {
     "files": dict,
 }
 _PACKAGES = (
-    *("numpy", "jax", "flax", "optax", "torch", "safetensors"),
+    *("numpy", "jax", "flax", "optax", "torch", "safetensors", "gymnasium"),
     *("mujoco", "mujoco-mjx", "sai-mujoco", "sai-rl"),
 )
 
@@ -70,7 +70,7 @@ def new(
         "parents": references,
         "lineage": ancestors,
         "code": dict(_code()),
-        "versions": dict(_versions()),
+        "versions": dict(versions()),
         "config": plain(config),
         "seed": int(seed),
         "steps": int(steps),
@@ -239,12 +239,12 @@ def _code() -> dict[str, Any]:
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Installed versions, without importing anything."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found

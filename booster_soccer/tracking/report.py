@@ -55,14 +55,7 @@ def print_result(result: dict, title: str) -> None:
         worst.add_column(name, justify="right" if name in ("score", "steps") else "left")
     for of_task in result["tasks"].values():
         for row in worst_episodes(of_task):
-            columns = (
-                row["task"],
-                f"{row['seed']}",
-                f"{row['score']:+.2f}",
-                row["ending"],
-                f"{row['steps']}",
-            )
-            worst.add_row(*columns)
+            worst.add_row(row["task"], f"{row['seed']}", f"{row['score']:+.2f}", row["ending"], f"{row['steps']}")
 
     console = Console()
     console.print(scores)
@@ -75,6 +68,20 @@ def print_result(result: dict, title: str) -> None:
                 f"{task}: without start noise every seed gives the same episode; "
                 f"it was played once and stands for {of_task['episodes']}."
             )
+
+
+def print_episode(result: dict, title: str) -> None:
+    """Print everything that is measured in one episode."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in result["terms"].items():
+        table.add_row(f"term {name}", f"{value:+.6f}")
+    table.add_section()
+    for name, value in result.items():
+        if name != "terms":
+            table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
+    Console().print(table)
 
 
 def worst_episodes(of_task: dict) -> list[dict]:
