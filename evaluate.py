@@ -27,8 +27,6 @@ from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.rollout.scores import check_numbers, ending, evaluate
-from booster_soccer.store import checkpoints
 from booster_soccer.tracking import report
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 

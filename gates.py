@@ -43,7 +43,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rollout import play
-from booster_soccer.rollout.play import Episode, Policy, Recorded, play_in_workers
+from booster_soccer.rollout.play import Episode, Recorded, play_in_workers
 from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
@@ -137,7 +137,7 @@ class Turned(gym.Wrapper):
 
 
 def record(
-    task: str, policy: Policy, states: int, seed: int, start_noise_rad: float, turned: bool = False
+    task: str, policy: play.Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
 ) -> tuple[np.ndarray, Info]:
     """Official observations (states, raw) and info (states, ...) that a policy meets, one at each action.
 

@@ -111,8 +111,8 @@ def check_conversion(differences: dict[str, float], spread: dict) -> None:
         if not differences[name] <= limit:  # also when it is NaN
             raise UserError(
                 f"actions of JAX and PyTorch in {name} differ by {differences[name]:.1e}, more than {limit:.0e}: "
-                "nothing was written; look at normalizer.std (tiny entries make huge weights), or use the code that trained "
-                "the checkpoint"
+                "nothing was written; look at normalizer.std (tiny entries make huge weights), or use "
+                "the code that trained the checkpoint"
             )
     if not spread["inside"]:
         raise UserError(
