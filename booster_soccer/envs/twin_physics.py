@@ -1,7 +1,7 @@
 """Many states of one MuJoCo model, stepped by threads as fast as the physics goes; knows no football.
 
 What is particular to the model comes in as data: sensors to add, fields in which the lanes differ, actuators that
-take the controls, joints that follow the time. `envs/twin.py` brings it and makes football of the states.
+take the controls, joints that follow the time. `envs/twin_source.py` brings it, `envs/twin.py` makes football of it.
 
 * A lane is a row of `State`. Each thread owns one model and one `MjData` through which all its lanes pass; so the
   working set stays in the cache (measured: 25,000 physics steps/s on one core, against 17,000 with one `MjData` per
