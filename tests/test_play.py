@@ -11,10 +11,11 @@ import pytest
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
+from booster_soccer.envs.official import Ball
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
 from booster_soccer.rollout import play as player
-from booster_soccer.rollout.lanes import OfficialLanes, SceneLanes, TwinLanes
+from booster_soccer.rollout.lanes import OfficialLanes, Outcome, SceneLanes, Sight, TwinLanes
 from booster_soccer.rollout.play import Episode, hold_default_pose, play, play_in_workers
 
 
@@ -27,11 +28,55 @@ def random_policy() -> NumpyPolicy:
     return NumpyPolicy(kernels, biases, np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32))
 
 
+# --- by hand ----------------------------------------------------------------------------------------------
+
+
+class ScriptedLanes:
+    """One goalie lane whose robot walks 3-4-5 triangles past a ball that rolls at the goal, and falls."""
+
+    tasks = ["goalie"]
+    path = ([0.0, 0.0, 0.7], [-3.0, 4.0, 0.6], [-3.0, 4.0, 0.55], [-6.0, 0.0, 0.3])  # imu, m
+
+    def reset(self, lanes, seeds, start_noise_rad):
+        assert (lanes, seeds, start_noise_rad) == ([0], [5], 0.1)
+        self.actions = []
+
+    def hold(self, action):
+        self.actions.append(action)
+        return np.array([len(self.actions) == 3]), np.array([False])
+
+    def observe(self):
+        return np.full((1, OBS_SIZE), len(self.actions), np.float32)
+
+    def look(self):
+        centre_vel_w, site_vel_w = np.array([[-2.0, 0.0, 0.0]]), np.array([[-3.0, 0.0, 0.0]])
+        ball = Ball(np.array([[-3.0, 3.5, 0.11]]), centre_vel_w, np.array([[-3.0, 3.5, 0.22]]), site_vel_w)
+        now = len(self.actions)
+        return Sight(np.array([10 * now]), np.array([self.path[now]]), ball, np.array([[-10.97, 0.0, 0.0]]))
+
+    def outcome(self, lane):
+        return Outcome(1.5, {"steps": -1.0}, True, False, 1, 0.5, None)
+
+
+def test_what_is_said_of_an_episode_by_hand():
+    lanes = ScriptedLanes()
+    [result] = play(lanes, lambda obs: np.full(12, obs[0] / 4, np.float32), [Episode("goalie", 5)], 0.1)
+    assert [action[0, 0] for action in lanes.actions] == [0.0, 0.25, 0.5]
+    assert (result.task, result.seed, result.score, result.steps, result.fell) == ("goalie", 5, 1.5, 30, True)
+    assert result.walked_m == 10.0  # 5, 0 and 5 m
+    assert result.ball_distance_min_m == 0.5 and result.imu_height_m == 0.3
+    assert (result.ball_speed_site_m_s, result.ball_speed_centre_m_s) == (3.0, 2.0)
+    assert result.roll_score == 1.5  # 1.5 points per m/s, of which the site has 1 more
+    assert result.roll_phase_deg == pytest.approx(180.0) and result.shot_speed_m_s is None
+
+
 # --- on lanes here ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", c.TASKS)
-@pytest.mark.parametrize("policy", [random_policy(), hold_default_pose, None])
+@pytest.mark.parametrize(
+    ("task", "policy"),
+    [*((task, random_policy()) for task in c.TASKS), ("goalie", hold_default_pose), ("target", None)],
+)
 def test_the_twin_gives_the_official_results_on_fewer_lanes_than_episodes(task, policy):
     """float64 actions, those of `hold_default_pose`, are taken as they are; None is zero torque."""
     episodes = [Episode(task, official.match_seed(3, i)) for i in range(3)]
@@ -137,10 +182,12 @@ def test_an_exception_of_a_signals_handler_ends_the_workers_at_once(wait_s):
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, wait_s)
+    started = time.monotonic()
     try:
         with pytest.raises(Stopped):
             play_in_workers("official", Slow(), [Episode("goalie", 1)] * 2, workers=2)
         assert not multiprocessing.active_children()
+        assert time.monotonic() - started < wait_s + 5.0  # of the nine seconds that a run has to save
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
