@@ -254,7 +254,7 @@ def test_a_broken_lane_is_reset_and_counted_and_the_others_do_not_notice():
             assert x.tobytes() == y.tobytes()
 
 
-@pytest.mark.skip(reason="waits for tests/long/kill_resume.py (branch drills) and the scripts (branch player)")
+@pytest.mark.skip(reason="waits for tests/long/kill_resume.py to know store.run")
 def test_a_killed_run_ends_with_the_very_bits(tmp_path):
     """The short cut of `tests/long/kill_resume.py`: one SIGKILL at a random instant."""
     from tests.long import kill_resume
