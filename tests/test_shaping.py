@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
-from test_tasks import OfficialSide, push_ball
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.situation import Events, Memory, Situation, from_official, official_events
@@ -21,6 +20,7 @@ from booster_soccer.rewards import dense
 from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rollout import shaping
 from booster_soccer.rollout.shaping import DenseLanes
+from tests.test_tasks import OfficialSide, push_ball
 
 WEIGHTS = DenseWeights(idle=-0.05)
 
@@ -136,7 +136,7 @@ def test_a_lane_forgets_its_episode_when_it_starts_anew_and_the_others_do_not():
 def test_the_ends_of_twin_episodes_are_seen():
     """A robot that lets itself fall, and a ball put beyond the line."""
     twin = TwinLanes("target", 2)
-    address = twin.env._ball_q
+    address = twin.env._address.ball_q
     twin.env.qpos[1, address.start + 1] = c.FIELD_HALF_WIDTH_M + 0.5
     lanes, ended = DenseLanes(2, WEIGHTS), np.zeros(2, bool)
     lanes.start(*twin.now(), np.ones(2, bool))

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from booster_soccer.agents.torch_networks import Actor
 
 import submit
+from booster_soccer.agents.ddpg import Actor
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
@@ -46,8 +46,7 @@ def home(tmp_path_factory):
 
 def _save(path: Path, stage: str, arrays: dict[str, np.ndarray]) -> Path:
     obs = np.random.default_rng(0).normal(size=(16, OBS_SIZE)).astype(np.float32)
-    actions = policy_from_arrays(arrays)(obs).astype(np.float32)
-    return checkpoints.save(path, stage, arrays, obs, actions, {}, seed=0, steps=0, parent=None, metrics={})
+    return checkpoints.save(path, stage, arrays, obs, {}, seed=0, steps=0, parents=[], metrics={})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, twin, twin_physics, twin_source
-from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
@@ -150,35 +149,6 @@ def test_time_is_up_after_5000_physics_steps():
     step = env.step_action(action)
     assert step.truncated.tolist() == [True, False] and not step.terminated.any()
     assert env.steps.tolist() == [c.EPISODE_PHYSICS_STEPS, 20]
-    assert np.isnan(env.score()).tolist() == [False, True]
-    assert env.score_terms()["steps"][0] == -1.0
-
-
-@pytest.mark.parametrize("task", c.TASKS)
-def test_run_task_gives_the_results_of_run_episode(task):
-    seeds = [official.match_seed(3, i) for i in range(2)]
-    found = twin.run_task(task, random_policy(), seeds, start_noise_rad=0.02, num_threads=2)
-    expected = [official.run_episode(official_env(task), task, random_policy(), seed, 0.02) for seed in seeds]
-    assert found == expected
-
-
-def test_float64_actions_are_taken_as_they_are():
-    """`hold_default_pose` returns float64: its torque is then float64 in `run_episode`, and so here."""
-    found = twin.run_task("goalie", official.hold_default_pose, [3])
-    assert found == [official.run_episode(official_env("goalie"), "goalie", official.hold_default_pose, 3)]
-
-
-def test_run_episodes_keeps_the_order_and_the_numbers():
-    episodes = [Episode("target", 5), Episode("goalie", 4), Episode("target", 6)]
-    arrived = []
-
-    def progress(results):
-        for result in results:
-            arrived.append(result)
-            yield result
-
-    found = twin.run_episodes(None, episodes, workers=1, progress=progress)
-    assert found == arrived == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
 
 
 # --- lanes ----------------------------------------------------------------------------------------------
@@ -370,15 +340,3 @@ def test_another_mujoco_is_named(monkeypatch):
     monkeypatch.setattr("booster_soccer.envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
     with pytest.raises(UserError, match="mujoco 3.4.0 cannot load"):
         TwinEnv("target", 1)
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (lambda obs: np.full(c.NUM_JOINTS, np.nan), "returned NaN or infinity in task 'target', seed 9"),
-        (lambda obs: np.zeros(24), r"returned shape \(24,\) instead of \(12,\) in task 'target', seed 9"),
-    ],
-)
-def test_a_broken_policy_is_named(policy, message):
-    with pytest.raises(UserError, match=message):
-        twin.run_task("target", policy, [9])
