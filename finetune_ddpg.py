@@ -51,7 +51,7 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.symmetry import mirror_action, mirror_observation
 from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.finetune import FinetuneWeights, Reading, Transition, dense_reward, dense_terms
-from booster_soccer.rollout.play import episode_seed
+from booster_soccer.rollout.play import Episode, episode_seed, play_in_workers
 from booster_soccer.rollout.workers import BACKENDS, LaneStep, WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints, resume
 from booster_soccer.store.replay import Replay, Segments
@@ -375,11 +375,12 @@ class Scores(NamedTuple):
         }
 
 
-def validate(config: Config, lanes: WorkerLanes, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
+def validate(config: Config, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
     """Score a policy on the seeds of a purpose in each task."""
     episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
     seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
-    results = lanes.validate(policy_from_arrays(arrays), seeds, config.start_noise)
+    to_play = [Episode(task, seed) for task in c.TASKS for seed in seeds]
+    results = play_in_workers(config.backend, policy_from_arrays(arrays), to_play, config.start_noise)
 
     def table(name: str) -> np.ndarray:
         return np.array([float(getattr(result, name)) for result in results]).reshape(c.NUM_TASKS, episodes)
@@ -701,7 +702,7 @@ def consider(run: Run, stop: resume.StopSignal) -> None:
     arrays = run.learner.arrays()
     if all(np.isfinite(value).all() for value in arrays.values()):
         with stop.interrupting():
-            scores = validate(run.config, run.lanes, arrays, _VALIDATION)
+            scores = validate(run.config, arrays, _VALIDATION)
         _judge(run, arrays, scores)
     run.validated = run.step
 
@@ -729,9 +730,7 @@ def choose(run: Run) -> tuple[dict[str, np.ndarray], dict]:
         print("no candidate scored above the start in validation: the result is the start policy")
         return run.start_arrays, verdict
     verdict["validation"]["candidate"] = run.best_scores.summary()
-    start, candidate = (
-        validate(run.config, run.lanes, arrays, _CONFIRMATION) for arrays in (run.start_arrays, run.best_arrays)
-    )
+    start, candidate = (validate(run.config, arrays, _CONFIRMATION) for arrays in (run.start_arrays, run.best_arrays))
     mean, standard_error = gain(candidate.scores, start.scores)
     verdict["confirmation"] = {
         "start": start.summary(),
@@ -812,7 +811,7 @@ def main(config: Config) -> Path:
             else:
                 with stop.interrupting():
                     warm_up(run, None if parent is None else parent.arrays)
-                    run.start_scores = validate(config, lanes, run.start_arrays, _VALIDATION)
+                    run.start_scores = validate(config, run.start_arrays, _VALIDATION)
                 print(f"start policy in validation: {_text(run.start_scores)}", flush=True)
                 run.save(resume_path, parent)  # the warm-up is long
             train(run, resume_path, parent, stop)

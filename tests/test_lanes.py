@@ -8,8 +8,7 @@ from booster_soccer.envs import official, pd
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rollout.lanes import OfficialLanes
-from booster_soccer.rollout.play import Episode, episode_seed, hold_default_pose, play
+from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.workers import EndlessLanes, WorkerLanes, check_num_lanes
 
 NOISE_RAD = 0.02
@@ -149,14 +148,11 @@ def test_lanes_run_side_by_side_and_come_back(backend, number):
             lanes.send(now)
             went_on.append(lanes.receive())
         lanes.restore(state)
-        results = lanes.validate(hold_default_pose, [11, 12], NOISE_RAD)  # leaves no trace
         for now, then in zip(actions[6:], went_on):
             lanes.send(now)
             again = lanes.receive()
             np.testing.assert_array_equal(again.obs, then.obs)
             np.testing.assert_array_equal(again.physics_steps, then.physics_steps)
-    assert [(r.task, r.seed) for r in results] == [(task, seed) for task in c.TASKS for seed in (11, 12)]
-    assert results[-1:] == list(play(OfficialLanes("target"), hold_default_pose, [Episode("target", 12)], NOISE_RAD))
 
 
 def test_every_task_needs_as_many_lanes():

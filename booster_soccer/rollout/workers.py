@@ -1,4 +1,4 @@
-"""Lanes of the three football tasks in worker processes: what fine-tuning trains and validates in.
+"""Lanes of the three football tasks in worker processes: what fine-tuning trains in.
 
 A lane plays one task at 50 Hz: an action in, ten physics steps with its joint target held, the next
 observation out; an ended episode is followed by a fresh one at once. Lanes move in lockstep, so nothing
@@ -7,7 +7,7 @@ is only those: `restore` plays them again. Nothing in this module imports JAX or
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from booster_soccer.envs.cores import usable_cores
 from booster_soccer.errors import UserError
 from booster_soccer.rewards.finetune import Reading
 from booster_soccer.rollout.lanes import Lanes, OfficialLanes, TwinLanes
-from booster_soccer.rollout.play import Episode, EpisodeResult, Policy, episode_seed, play
+from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.processes import Workers
 
 BACKENDS = ("official", "twin")
@@ -59,8 +59,7 @@ class EndlessLanes:
 
     def __init__(self, backend: str, task: str, keys: list[tuple[int, ...]], start_noise_rad: float):
         """Lane i's episode number e starts from `episode_seed(*keys[i], e)`."""
-        self._make = TwinLanes if backend == "twin" else lambda task, _: OfficialLanes(task)
-        self.lanes: Lanes = self._make(task, len(keys))
+        self.lanes: Lanes = TwinLanes(task, len(keys)) if backend == "twin" else OfficialLanes(task)
         self._keys, self._start_noise_rad = keys, start_noise_rad
         self._episode = np.zeros(len(keys), dtype=np.int64)
         self._actions: list[list[np.ndarray]] = [[] for _ in keys]  # of the running episodes
@@ -108,16 +107,6 @@ class EndlessLanes:
             self._now = self.lanes.observe(), read(self.lanes)
         return LaneStep(obs, reading, terminated, truncated, score, length, fell, success, *self._now)
 
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Play and score whole episodes on lanes of their own, beside the running ones."""
-        if not seeds:
-            return []
-        task = self.lanes.tasks[0]
-        lanes = self._make(task, len(seeds))
-        results = list(play(lanes, policy, [Episode(task, seed) for seed in seeds], start_noise_rad))
-        lanes.close()
-        return results
-
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` needs: numbers (B,) and lengths (B,) of the episodes, actions (B, 500, 12) so far."""
         actions = np.zeros((len(self._keys), c.EPISODE_ACTIONS, c.NUM_JOINTS), np.float32)
@@ -159,7 +148,7 @@ class WorkerLanes(Workers):
 
     def start(self) -> tuple[np.ndarray, Reading]:
         """Begin every lane's first episode: observations (B, 87) and readings."""
-        return self._gather(self._ask("start"))
+        return self._ask("start", lambda lanes: ())
 
     def send(self, actions: np.ndarray) -> None:
         """Set actions (B, 12) going; the caller may compute until it needs `receive`."""
@@ -170,35 +159,24 @@ class WorkerLanes(Workers):
         """What the actions of the last `send` brought."""
         return self._gather([self.answer(p) for p in range(len(self._lanes_of))])
 
-    def validate(self, policy: Policy, seeds: list[int], start_noise_rad: float) -> list[EpisodeResult]:
-        """Score a policy, (87,) -> (12,), on every seed in every task; results by task, then seed.
-
-        Every lane is afterwards where it was.
-        """
-        share = len(self._lanes_of) // c.NUM_TASKS  # processes of a task, numbered p // 3
-        answers = self._ask("validate", lambda p, _: (policy, seeds[p // c.NUM_TASKS :: share], start_noise_rad))
-        order = {(task, seed): i for i, (task, seed) in enumerate((t, s) for t in c.TASKS for s in seeds)}
-        results = [result for answer in answers for result in answer]
-        return sorted(results, key=lambda result: order[result.task, result.seed])
-
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` needs, as of `EndlessLanes.state`."""
-        answers = self._ask("state")
-        return {name: self._gather([answer[name] for answer in answers]) for name in answers[0]}
+        return self._ask("state", lambda lanes: ())
 
     def restore(self, state: dict[str, np.ndarray]) -> tuple[np.ndarray, Reading]:
         """Bring every lane to where `state` was taken: observations (B, 87) and readings."""
-        of_lanes = self._ask("restore", lambda _, lanes: ({name: values[lanes] for name, values in state.items()},))
-        return self._gather(of_lanes)
+        return self._ask("restore", lambda lanes: ({name: values[lanes] for name, values in state.items()},))
 
-    def _ask(self, method: str, arguments_of: Callable[[int, list[int]], tuple] = lambda p, lanes: ()) -> list:
-        """Call a method of every process, with arguments made from its number and lanes; the answers."""
+    def _ask(self, method: str, arguments_of: Callable[[list[int]], tuple]) -> Any:
+        """Call a method of every process, with arguments made from its lanes; the answers of all lanes."""
         for p, lanes in enumerate(self._lanes_of):
-            self.call(p, method, *arguments_of(p, lanes))
-        return [self.answer(p) for p in range(len(self._lanes_of))]
+            self.call(p, method, *arguments_of(lanes))
+        return self.receive()
 
-    def _gather(self, parts: list):
-        """Arrays, or tuples of them, of the processes' lanes as arrays of all lanes in order."""
+    def _gather(self, parts: list) -> Any:
+        """Arrays, or tuples or dictionaries of them, of the processes' lanes as arrays of all lanes in order."""
+        if isinstance(parts[0], dict):
+            return {name: self._gather([part[name] for part in parts]) for name in parts[0]}
         if isinstance(parts[0], tuple):
             entries = [self._gather(list(column)) for column in zip(*parts)]
             return type(parts[0])(*entries) if hasattr(parts[0], "_fields") else tuple(entries)
