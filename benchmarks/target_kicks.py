@@ -67,18 +67,13 @@ def watch(config: Config) -> dict[str, np.ndarray]:
     lanes = WatchedLanes("target", config.episodes)
     results = list(play(lanes, policy, episodes, config.start_noise))
     lanes.close()
-    seen, steps = lanes.seen, np.array([result.steps for result in results])
-    return {
-        "ball_vel": np.array([now.ball.centre_vel_w for now in seen])[..., :2],
-        "to_target": np.array([now.aim_pos_w - now.ball.centre_pos_w for now in seen])[..., :2],
-        "to_ball": np.array([now.ball.centre_pos_w - now.imu_pos_w for now in seen])[..., :2],
-        "robot": np.array([now.imu_pos_w for now in seen])[..., :2],
-        "actions": -(-steps // c.PHYSICS_STEPS_PER_ACTION),
-        "touches": np.array([result.touches for result in results]),
-        "hit": np.array([result.success for result in results]),
-        "out": np.array([result.terms["offside"] != 0.0 for result in results]),
-        "fell": np.array([result.fell for result in results]),
-    }
+    seen = [(now.imu_pos_w, now.aim_pos_w, now.ball.centre_pos_w, now.ball.centre_vel_w) for now in lanes.seen]
+    robot, aim, ball, ball_vel = np.array(seen)[..., :2].swapaxes(0, 1)
+    found = {"robot": robot, "to_target": aim - ball, "to_ball": ball - robot, "ball_vel": ball_vel}
+    for name in ("steps", "touches", "success", "fell"):
+        found[name] = np.array([getattr(result, name) for result in results])
+    out = np.array([result.terms["offside"] != 0.0 for result in results])
+    return found | {"out": out, "actions": -(-found["steps"] // c.PHYSICS_STEPS_PER_ACTION)}
 
 
 def print_chase(p: dict[str, np.ndarray], after_kick: np.ndarray) -> None:
@@ -126,7 +121,7 @@ def main(config: Config) -> None:
     print("\n| ball to target at the start | episodes | hit | fell | out | time up |\n|---|---|---|---|---|---|")
     for low, high in [*zip(_DISTANCES_M, _DISTANCES_M[1:]), (0.0, _DISTANCES_M[-1])]:
         mine = (low <= distance_m) & (distance_m < high)
-        hit, out = p["hit"][mine], p["out"][mine]
+        hit, out = p["success"][mine], p["out"][mine]
         fell = p["fell"][mine] & ~hit & ~out
         shares = [x.mean() if mine.any() else np.nan for x in (hit, fell, out, ~hit & ~out & ~fell)]
         print(f"| {low:.0f} to {high:.0f} m | {mine.sum()} | " + " | ".join(f"{s:.0%}" for s in shares) + " |")

@@ -224,12 +224,13 @@ def _compare_path(task: str, recordings: list[Recording], hold: int, report: Rep
             if k * hold in recording.throws_m_s:
                 twin.ball_site_velocity_w[lane] = recording.throws_m_s[k * hold]
         steps.append(act(np.stack([values[min(k, len(values) - 1)] for values in held])))
-    score = {f"score {name}": values for name, values in twin.score_terms().items()}
-    score |= {"score": twin.score(), "steps": twin.steps}
     for lane, recording in enumerate(recordings):
         _compare_lane(report, recording, lane, hold, start, steps[: len(held[lane])])
+        terms = score_terms(task, {name: values[lane] for name, values in steps[-1].reward_terms.items()})
+        score = {f"score {name}": value for name, value in terms.items()}
+        score |= {"score": sum(terms.values()), "steps": twin.steps[lane]}
         for name, value in recording.score.items():
-            report.check(name, value, score[name][lane])
+            report.check(name, value, score[name])
     twin.close()
 
 
