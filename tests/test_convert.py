@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from booster_soccer.agents.torch_networks import HIDDEN, Actor
 
 import convert_jax2torch as stage
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents import conversion
+from booster_soccer.agents.ddpg import Actor, fold_normalizer
+from booster_soccer.agents.policy import HIDDEN
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
@@ -40,8 +41,7 @@ def pretrained_arrays(seed: int = 0) -> dict[str, np.ndarray]:
 def write_pretrained(path, arrays: dict[str, np.ndarray]) -> checkpoints.Checkpoint:
     noise = np.random.default_rng(1).standard_normal((checkpoints.GOLDEN_PAIRS, OBS_SIZE))
     obs = (arrays["normalizer.mean"] + arrays["normalizer.std"] * noise).astype(np.float32)
-    actions = policy_from_arrays(arrays)(obs).astype(np.float32)
-    checkpoints.save(path, "pretrained", arrays, obs, actions, {}, 3, 1000, None, {})
+    checkpoints.save(path, "pretrained", arrays, obs, {}, 3, 1000, [], {})
     return checkpoints.load(path)
 
 
@@ -52,7 +52,7 @@ def pretrained(tmp_path) -> checkpoints.Checkpoint:
 
 def test_folding_by_hand():
     kernel = np.array([[2.0], [4.0], [7.0]])  # the third input, an action, is not normalised
-    weight, bias = stage.fold_normalizer(kernel, np.array([1.0]), np.array([3.0, 5.0]), np.array([0.5, 2.0]))
+    weight, bias = fold_normalizer(kernel, np.array([1.0]), np.array([3.0, 5.0]), np.array([0.5, 2.0]))
     np.testing.assert_array_equal(weight, [[4.0, 2.0, 7.0]])
     np.testing.assert_array_equal(bias, [1.0 - 3.0 * 4.0 - 5.0 * 2.0])
 
@@ -62,15 +62,23 @@ def test_jax_and_torch_agree(pretrained):
     rng = np.random.default_rng(2)
     noise = rng.standard_normal((200, OBS_SIZE))
     obs = (pretrained.arrays["normalizer.mean"] + pretrained.arrays["normalizer.std"] * noise).astype(np.float32)
-    action = rng.uniform(-1, 1, (200, c.NUM_JOINTS)).astype(np.float32)
-    differences, log_std = stage.compare(pretrained.arrays, stage.convert(pretrained.arrays), obs, action)
-    assert set(differences) == {"actor", "critic", "target_critic"}
-    assert max(differences.values()) < 1e-5
-    assert log_std.shape == (200, c.NUM_JOINTS)
+    differences = conversion.compare(pretrained.arrays, conversion.convert(pretrained.arrays), obs)
+    assert set(differences) == {"float64", "float32", "critic", "target_critic"}
+    assert differences["float64"] < 1e-6 and max(differences.values()) < 1e-5
+    assert conversion.log_std(pretrained.arrays, obs).shape == (200, c.NUM_JOINTS)
+
+
+def test_critics_keep_all_their_inputs(pretrained):
+    """The weight of a privileged input is the pre-trained kernel's row, unscaled: nothing normalises it."""
+    converted = conversion.convert(pretrained.arrays)
+    kernel, weight = pretrained.arrays["critic.input.kernel"], converted["critic.1.input.weight"]
+    assert weight.shape == (HIDDEN, CRITIC_OBS_SIZE + c.NUM_JOINTS)
+    np.testing.assert_array_equal(weight[:, OBS_SIZE:], kernel[1, OBS_SIZE:].T)
+    np.testing.assert_allclose(weight[:, 0], kernel[1, 0] / pretrained.arrays["normalizer.std"][0], rtol=1e-6)
 
 
 def test_the_means_are_kept_and_the_spread_is_dropped(pretrained):
-    converted = stage.convert(pretrained.arrays)
+    converted = conversion.convert(pretrained.arrays)
     kernel = pretrained.arrays["actor.output.kernel"]
     np.testing.assert_array_equal(converted["actor.output.weight"], kernel[:, : c.NUM_JOINTS].T)
     assert {name: tuple(value.shape) for name, value in Actor().state_dict().items()} == {
@@ -81,7 +89,7 @@ def test_the_means_are_kept_and_the_spread_is_dropped(pretrained):
 def test_writes_a_checkpoint_with_its_lineage(pretrained, tmp_path, capsys):
     path = stage.main(stage.Config(pretrained.path, tmp_path / "converted", real_observations=17))
     converted = checkpoints.load(path, ("converted",))
-    assert converted.manifest["parent"] == {"stage": "pretrained", "hash": pretrained.hash}
+    assert converted.manifest["parents"] == [{"stage": "pretrained", "hash": pretrained.hash}]
     assert converted.manifest["steps"] == 1000
     np.testing.assert_array_equal(converted.golden_obs, pretrained.golden_obs)
     np.testing.assert_allclose(converted.golden_actions, pretrained.golden_actions, rtol=0, atol=1e-5)
@@ -92,44 +100,41 @@ def test_writes_a_checkpoint_with_its_lineage(pretrained, tmp_path, capsys):
     assert capsys.readouterr().out.rstrip().endswith(str(path))
 
 
-def test_refuses_a_policy_that_acts_otherwise(pretrained, tmp_path, monkeypatch):
-    convert = stage.convert
+@pytest.mark.parametrize(("wrong", "limit"), [(1e-3, "1e-05"), (3e-5, "1e-05")])
+def test_refuses_a_policy_that_acts_otherwise(pretrained, tmp_path, monkeypatch, wrong, limit):
+    convert = conversion.convert
 
     def perturbed(arrays):
         converted = convert(arrays)
-        converted["actor.output.bias"] += np.float32(1e-3)
+        converted["actor.output.bias"] += np.float32(wrong)
         return converted
 
-    monkeypatch.setattr(stage, "convert", perturbed)
-    with pytest.raises(UserError, match="differ by .* nothing was written"):
+    monkeypatch.setattr(conversion, "convert", perturbed)
+    with pytest.raises(UserError, match=f"in float64 differ by .* more than {limit}: nothing was written"):
         stage.main(stage.Config(pretrained.path, tmp_path / "converted", real_observations=0))
     assert not (tmp_path / "converted").exists()
 
 
 def test_the_source_is_left_alone(pretrained):
     before = {name: value.copy() for name, value in pretrained.arrays.items()}
-    for value in stage.convert(pretrained.arrays).values():
+    for value in conversion.convert(pretrained.arrays).values():
         value += 1.0
     for name, value in before.items():
         np.testing.assert_array_equal(pretrained.arrays[name], value)
 
 
-def test_log_std_out_of_range_is_refused():
-    log_std = np.full((100, c.NUM_JOINTS), -1.0)
-    log_std[:, 2] = 2.5  # one joint of twelve
-    with pytest.raises(UserError, match=r"8\.3% .* to 2\.50"):
-        stage.check_log_std(log_std)
-    with pytest.raises(UserError):
-        stage.check_log_std(np.full((1, c.NUM_JOINTS), np.nan))
-
-
-def test_a_few_log_std_out_of_range_are_reported():
-    log_std = np.full((100, c.NUM_JOINTS), -1.0)
-    log_std[:11, 0] = -5.5  # 11 of 1200
-    report = stage.check_log_std(log_std)
-    assert report["share_outside"] == pytest.approx(11 / 1200, abs=1e-12)
-    assert report["by_joint"]["Left_Hip_Pitch"]["min"] == -5.5
-    assert report["by_joint"]["Right_Hip_Pitch"] == {"min": -1.0, "mean": -1.0, "max": -1.0}
+def test_one_log_std_out_of_range_is_refused_and_reported():
+    log_std, fine = np.full((100, c.NUM_JOINTS), -1.0), dict.fromkeys(("float64", "float32"), 0.0)
+    report = conversion.log_std_report(log_std)
+    assert report["inside"] and report["by_joint"]["Right_Hip_Pitch"] == {"min": -1.0, "mean": -1.0, "max": -1.0}
+    conversion.check_conversion(fine, report)
+    for value in (2.5, -5.5, np.nan):
+        log_std[7, 0] = value
+        report = conversion.log_std_report(log_std)
+        assert not report["inside"]
+        with pytest.raises(UserError, match="outside .* its training diverged"):
+            conversion.check_conversion(fine, report)
+    assert np.isnan(report["by_joint"]["Left_Hip_Pitch"]["min"])
 
 
 def test_bad_input(pretrained, tmp_path):
@@ -142,7 +147,9 @@ def test_bad_input(pretrained, tmp_path):
         stage.main(stage.Config(other.path, out))
     assert not out.exists()
     stage.main(stage.Config(pretrained.path, out, real_observations=0))
-    with pytest.raises(UserError, match="already holds a checkpoint"):
-        stage.main(stage.Config(pretrained.path, out, real_observations=0))
+    assert stage.main(stage.Config(pretrained.path, out, real_observations=0)) == out  # recognised
+    third = write_pretrained(tmp_path / "third", pretrained_arrays(1))
+    with pytest.raises(UserError, match="already holds another conversion"):
+        stage.main(stage.Config(third.path, out, real_observations=0))
     with pytest.raises(UserError, match="'converted', but pretrained"):
         stage.main(stage.Config(out, tmp_path / "again", real_observations=0))

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import evaluate
-from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, scene, twin
 from booster_soccer.errors import UserError
@@ -264,8 +263,7 @@ def test_a_checkpoint_is_scored_and_written(tmp_path, capsys):
     arrays |= {f"actor.{layer}.bias": np.zeros(size[0]) for layer, size in sizes.items()}
     arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
     obs = rng.normal(size=(16, OBS_SIZE)).astype(np.float32)
-    actions = policy_from_arrays(arrays)(obs).astype(np.float32)
-    path = checkpoints.save(tmp_path / "policy", "converted", arrays, obs, actions, {}, 0, 0, None, {})
+    path = checkpoints.save(tmp_path / "policy", "converted", arrays, obs, {}, 0, 0, [], {})
 
     json_file = tmp_path / "scores" / "score.json"
     result = evaluate.main(evaluate.Config(checkpoint=path, episodes=1, json=json_file))
@@ -281,6 +279,11 @@ def test_a_checkpoint_is_scored_and_written(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Official score" in shown
     assert shown.splitlines()[-1] == str(json_file)
+
+    assert evaluate.main(evaluate.Config(checkpoint=path, episodes=1, json=json_file)) == result  # recognised
+    assert "has this result already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        evaluate.main(evaluate.Config(checkpoint=path, episodes=1, seed=1, json=json_file))
 
 
 def test_workers_do_not_import_jax_though_the_main_script_does(tmp_path):

@@ -1,29 +1,28 @@
-"""The gates pass a faithful conversion and stop an unfaithful one; the chain runs its stages in order."""
+"""The gates pass a faithful conversion and stop an unfaithful one."""
 
 import dataclasses
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-import convert_jax2torch
 import gates
-from booster_soccer.agents import sac_networks as nets
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents import conversion
+from booster_soccer.agents import sac as nets
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.store import checkpoints
 
 
 def save(path: Path, stage: str, arrays: dict, parent: checkpoints.Checkpoint | None) -> checkpoints.Checkpoint:
     obs = np.random.default_rng(0).standard_normal((checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
-    checkpoints.save(path, stage, arrays, obs, policy_from_arrays(arrays)(obs), {}, 0, 0, parent, {})
+    checkpoints.save(path, stage, arrays, obs, {}, 0, 0, [] if parent is None else [parent], {})
     return checkpoints.load(path)
 
 
@@ -31,9 +30,9 @@ def save(path: Path, stage: str, arrays: dict, parent: checkpoints.Checkpoint | 
 def pretrained(tmp_path_factory) -> checkpoints.Checkpoint:
     """Fresh networks, but an actor that depends on what it sees, and a normaliser that does something."""
     actor_key, critic_key = jax.random.split(jax.random.key(0))
-    arrays = nets.flatten("actor", nets.init_actor(actor_key, OBS_SIZE))
+    arrays = nets.flatten("actor", nets.init_actor(actor_key))
     for prefix in ("critic", "target_critic"):
-        arrays |= nets.flatten(prefix, nets.init_critics(critic_key, CRITIC_OBS_SIZE))
+        arrays |= nets.flatten(prefix, nets.init_critics(critic_key))
     rng = np.random.default_rng(0)
     arrays["actor.output.kernel"] = 30 * arrays["actor.output.kernel"]
     arrays["normalizer.mean"] = rng.normal(0.0, 1.0, OBS_SIZE)
@@ -45,7 +44,7 @@ def pretrained(tmp_path_factory) -> checkpoints.Checkpoint:
 
 @pytest.fixture(scope="module")
 def converted(pretrained) -> checkpoints.Checkpoint:
-    arrays = convert_jax2torch.convert(pretrained.arrays)
+    arrays = conversion.convert(pretrained.arrays)
     return save(pretrained.path.with_name("converted"), "converted", arrays, pretrained)
 
 
@@ -68,6 +67,10 @@ def test_a_faithful_conversion_passes(pretrained, converted, tmp_path, capsys):
     )
     assert report["passed"], capsys.readouterr().err
     assert json.loads(file.read_text()) == report
+    again = gates.Config(pretrained.path, converted.path, json=file, states=100, episodes=2, behaviour_episodes=3)
+    assert gates.main(again) == report  # its own finished result
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        gates.main(replace(again, seed=1))
     checks = measured(report)
     assert {check["gate"] for check in report["checks"]} == {1, 2, 3}
     assert 0.0 < checks["observation, JAX float32 and NumPy"]["measured"] <= 1e-6
