@@ -1,5 +1,7 @@
 # make run    sets up everything and runs the chain with the demo preset
+# make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
+# make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run test lint scene score check-pins clean
+.PHONY: setup run check fix test drills scene score check-pins clean
 
 setup: $(READY)
 
@@ -23,11 +25,27 @@ $(READY): pyproject.toml constraints.txt
 run: setup
 	$(BIN)/python chain.py --preset $(PRESET) --out $(RUN)
 
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 test: setup
 	$(BIN)/python -m pytest -q
 
-lint: setup
-	$(BIN)/ruff check .
+drills: setup
+	$(BIN)/python -m tests.long.fuzz
+	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py
+	$(BIN)/python -m tests.long.kill_resume
+	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
+		--checkpoint assets/policies/final
 
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene

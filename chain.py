@@ -75,7 +75,10 @@ def evaluations(out: Path, seed: int) -> list[Evaluation]:
         ("converted", ("--checkpoint", str(out / "converted")), seed, "twin", "converted"),
         ("fine-tuned", ("--checkpoint", str(out / "finetuned")), seed, "official", "finetuned"),
     )
-    return [Evaluation(*row, out / "evaluations" / f"{name}.json") for *row, name in rows]
+    return [
+        Evaluation(policy, which, master, backend, out / "evaluations" / f"{name}.json")
+        for policy, which, master, backend, name in rows
+    ]
 
 
 def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:

@@ -25,8 +25,9 @@ from booster_soccer.agents import conversion
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.rollout.play import real_observations
+from booster_soccer.rollout.play import met_observations
 from booster_soccer.store import checkpoints
+from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.places import check_output_dir
 
 _START_NOISE_RAD = 0.02  # so that the deterministic goalie start gives more than one trajectory
@@ -59,7 +60,7 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def is_done(config: Config, parent: checkpoints.Checkpoint) -> bool:
     """Whether `out` holds this very conversion; `UserError`, before any work is done, where it cannot be written."""
     check_output_dir(config.out)
-    if not (config.out / checkpoints.MANIFEST).exists():
+    if not (config.out / MANIFEST).exists():
         return False
     there = checkpoints.load(config.out, ("converted",))
     if there.manifest["parents"] != [{"stage": parent.stage, "hash": parent.hash}]:
@@ -72,7 +73,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
         policy = policy_from_arrays(checkpoint.arrays)
-        groups["real"] = real_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
+        groups["real"] = met_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
         rng = np.random.default_rng(config.seed)
         noise = rng.standard_normal((int(_DRAWS_PER_REAL * len(groups["real"])), OBS_SIZE))
         drawn = checkpoint.arrays["normalizer.mean"] + checkpoint.arrays["normalizer.std"] * noise

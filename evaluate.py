@@ -16,12 +16,9 @@ import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.agents.policy import policy_from_arrays
@@ -30,7 +27,8 @@ from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking.report import PLOT_SUFFIXES, plot, print_result, reserve, worst_episodes, write_json
+from booster_soccer.tracking import report
+from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ def _check(config: Config) -> None:
         )
     if config.only is not None:
         _episode(config.only)
-    for file in (config.json, config.plot):
-        if file is not None:
-            reserve(file)
+    finished(config.plot, {})
 
 
 def _episode(text: str) -> Episode:
@@ -86,51 +82,43 @@ def replay_command(config: Config, episode: Episode) -> str:
     return shlex.join(map(str, words))
 
 
-def _play_only(config: Config, policy: Policy, title: str) -> dict:
-    """Play the episode of `--only` and print everything that is measured in it."""
-    [result] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
-    table = Table(title=f"{title}, {config.only}: {ending(result)}", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    rows = asdict(result)
-    for name, value in rows.pop("terms").items():
-        table.add_row(f"term {name}", f"{value:+.6f}")
-    table.add_section()
-    for name, value in rows.items():
-        table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
-    Console().print(table)
-    settings = {"backend": config.backend, "start_noise_rad": config.start_noise}
-    return settings | asdict(result) | {"ending": ending(result)}
-
-
 def main(config: Config) -> dict:
     """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
     _check(config)
+    policy: Policy
+    subject: dict[str, Any]
     if config.checkpoint is not None:
         checkpoint = checkpoints.load(config.checkpoint)
         policy = policy_from_arrays(checkpoint.arrays)
         subject = {"checkpoint": str(config.checkpoint), "stage": checkpoint.stage, "hash": checkpoint.hash}
         title = f"{config.checkpoint} ({checkpoint.stage})"
     else:
-        policy = reference_policy(config.policy)
-        subject, title = {"policy": config.policy}, config.policy
+        title = str(config.policy)
+        policy, subject = reference_policy(title), {"policy": title}
 
+    settings = {"episodes": config.episodes, "seed": config.seed, "only": config.only}
+    identity = {name: value for name, value in subject.items() if name != "checkpoint"} | settings
+    identity |= {"start_noise": config.start_noise, "backend": config.backend}
+    if there := finished(config.json, identity):
+        return there
     started = time.perf_counter()
+    result = subject | {"identity": identity}
     if config.only is not None:
-        result = subject | _play_only(config, policy, title)
+        [played] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
+        result |= {"backend": config.backend, "start_noise_rad": config.start_noise}
+        result |= asdict(played) | {"ending": ending(played)}
+        report.print_episode(asdict(played), f"{title}, {config.only}: {result['ending']}")
     else:
-        result = subject | evaluate(
-            policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers
-        )
-        print_result(result, title)
-        worst = worst_episodes(result["tasks"]["target"])[0]
+        result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
+        report.print_result(result, title)
+        worst = report.worst_episodes(result["tasks"]["target"])[0]
         print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")
     print(f"{time.perf_counter() - started:.0f} s")
     if config.plot is not None:
-        plot(result, title, config.plot)
+        report.plot(result, title, config.plot)
         print(config.plot)
     if config.json is not None:
-        write_json(result, config.json)
+        report.write_json(result, config.json)
     return result
 
 

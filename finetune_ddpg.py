@@ -134,9 +134,9 @@ def check(config: Config) -> None:
         for name in names:
             if settings[name] < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {settings[name]}")
-    for name, least in (("warmup_steps", "batch_size"), ("buffer_size", "warmup_steps")):
-        if settings[name] < settings[least]:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least} ({settings[least]})")
+    for name, other in (("warmup_steps", "batch_size"), ("buffer_size", "warmup_steps")):
+        if settings[name] < settings[other]:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {other} ({settings[other]})")
     if not 0.0 < config.ddpg.discount < 1.0:
         raise UserError(f"--discount must lie between 0 and 1, got {config.ddpg.discount}")
 
@@ -144,9 +144,8 @@ def check(config: Config) -> None:
 class Statistics:
     """Means since the last line of the log."""
 
-    def __init__(self, state: dict[str, np.ndarray] | None = None):
-        """Empty, or what `state` gave."""
-        state = state or {}
+    def __init__(self, state: dict[str, np.ndarray]):
+        """What `state` gave; empty at first."""
         self._sums = {name: float(value[0]) for name, value in state.items()}
         self._counts = {name: int(value[1]) for name, value in state.items()}
 
@@ -162,7 +161,7 @@ class Statistics:
     def take(self) -> dict[str, float]:
         """The means, and start again."""
         means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return means
 
 
@@ -176,7 +175,7 @@ class Finetuning:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rng = np.random.default_rng(config.seed)
         self.replay = Replay(config.buffer_size, _ROW_SHAPES)
-        self.statistics = Statistics()
+        self.statistics = Statistics({})
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
         self.loss = torch.zeros(())

@@ -18,14 +18,15 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# JAX, PyTorch and the SDK are imported where they are used: worker processes load this module too.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
 
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
@@ -34,29 +35,29 @@ from rich.console import Console
 from rich.table import Table
 
 from booster_soccer import errors
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.agents import conversion
+from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, scene
-from booster_soccer.envs.official import Episode, EpisodeResult, Policy, TaskIndex
+from booster_soccer.envs import official, scene
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
 from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rollout import play
+from booster_soccer.rollout.play import Episode, Recorded, play_in_workers
+from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
-from evaluate import evaluate, mean_interval, player, reserve, write_json
+from booster_soccer.tracking.report import finished, write_json
 
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
 ROTATION_LIMIT = 1e-5  # metres and units of gravity; the official quaternion is float32
-ACTION_LIMIT = checkpoints.GOLDEN_TOLERANCE
-LOG_STD_RANGE = (-5.0, 2.0)
 _TURNS = 20  # robots turned per task to prove the quaternion's order
 _TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
 _SCORE_ROUNDS = 4  # in how many, at most, the converted policy's score may miss before that is a failure
 _TURNED_STREAM = 1  # a random stream beside the bare seed's
 
 Info = dict[str, np.ndarray]
-Act = Callable[[np.ndarray], np.ndarray]  # observation (87,) float32 -> action (12,) in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ class Check:
 # --- official states ----------------------------------------------------------------------------------
 
 
-def turn(env: TaskIndex, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
+def turn(env: gym.Env, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
     """Turn the official robot where it stands; `obs` and `info` from the environment's own methods."""
-    official_env = env.unwrapped
-    model, data = official_env.sim.model._model, official_env.sim.data._data
+    base = env.unwrapped
+    model, data = base.sim.model._model, base.sim.data._data
     root = scene.official_addresses(model).root_q
     data.qpos[root] = [*data.qpos[root][:3], *quat_wxyz]
     mujoco.mj_forward(model, data)
-    return official_env._get_obs(), official_env._get_info() | {"task_index": env.task_index}
+    return base._get_obs(), base._get_info() | {"task_index": env.task_index}
 
 
 def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
@@ -123,32 +124,27 @@ def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
     return quat_wxyz
 
 
+class Turned(gym.Wrapper):
+    """The official environment, its robot turned at every start."""
+
+    def __init__(self, env: gym.Env, seed: int):
+        super().__init__(env)
+        self._rng = np.random.default_rng((seed, _TURNED_STREAM))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, Info]:
+        self.env.reset(seed=seed, options=options)
+        return turn(self.env, random_quat_wxyz(self._rng))
+
+
 def record(
-    task: str, act: Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
+    task: str, policy: play.Act, states: int, seed: int, start_noise_rad: float, turned: bool = False
 ) -> tuple[np.ndarray, Info]:
     """Official observations (states, raw) and info (states, ...) that a policy meets, one at each action.
 
-    As many episodes as it takes, each joint target held for ten physics steps; with `turned` every episode
-    starts from a random orientation.
+    As many episodes as it takes; with `turned` every one starts from a random orientation.
     """
-    env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
-    met, episode = [], 0
-    while len(met) < states:
-        obs, info = official.reset(env, official.match_seed(seed, episode), start_noise_rad)
-        if turned:
-            obs, info = turn(env, random_quat_wxyz(rng))
-        episode, step, ended = episode + 1, 0, False
-        while not ended and len(met) < states:
-            if step % c.PHYSICS_STEPS_PER_ACTION == 0:
-                arrays = {key: value for key, value in info.items() if isinstance(value, np.ndarray)}
-                met.append((obs, arrays))
-                action = act(in_numpy(obs, info).astype(np.float32))
-            torque_nm = pd.platform_torque_nm(action, obs[SLICES["joint_pos"]], obs[SLICES["joint_vel"]])
-            obs, _, terminated, truncated, info = env.step(torque_nm)
-            step, ended = step + 1, terminated or truncated
-    env.close()
-    observations, infos = zip(*met, strict=True)
-    return np.stack(observations), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
+    env = Turned(official.make(task), seed) if turned else official.make(task)
+    return play.record(task, policy, states, functools.partial(official.match_seed, seed), start_noise_rad, env)[1:]
 
 
 # --- gate 1: the observation ----------------------------------------------------------------------------
@@ -159,6 +155,9 @@ def _observe(obs, info, xp):
     return observe(obs[..., SLICES["joint_pos"]], obs[..., SLICES["joint_vel"]], info, xp)
 
 
+_observe_in_jax = jax.jit(functools.partial(_observe, xp=jnp))
+
+
 def in_numpy(obs: np.ndarray, info: Info) -> np.ndarray:
     """The observation (..., 87) in NumPy's float64."""
     return _observe(obs, info, np)
@@ -166,20 +165,10 @@ def in_numpy(obs: np.ndarray, info: Info) -> np.ndarray:
 
 def in_jax(obs: np.ndarray, info: Info, x64: bool = False) -> np.ndarray:
     """The observation (..., 87) in JAX, compiled, in float32 or float64."""
-    import jax
-
     dtype = np.float64 if x64 else np.float32
     info = {key: value.astype(dtype) for key, value in info.items()}
     with jax.enable_x64(x64):
-        return np.asarray(_compiled()(obs.astype(dtype), info))
-
-
-@functools.cache
-def _compiled():
-    import jax
-    import jax.numpy as jnp
-
-    return jax.jit(lambda obs, info: _observe(obs, info, jnp))
+        return np.asarray(_observe_in_jax(obs.astype(dtype), info))
 
 
 def submitted_preprocessor():
@@ -242,17 +231,15 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
         ):
             apart, feature = difference(actual, expected)
             pairs.setdefault(name, []).append((apart, f"{task}, {feature}"))
-    checks = []
+    checks, remedy = [], "compare this row in preprocess/observation.py and preprocess/submission.py"
     for name, found in pairs.items():
         apart, where = max(found, key=lambda pair: np.nan_to_num(pair[0], nan=np.inf))
         limit = FLOAT64_LIMIT if "float64" in name else FLOAT32_LIMIT
-        remedy = "compare this row in preprocess/observation.py and preprocess/submission.py"
         checks.append(Check(1, f"observation, {name}", apart, 0.0, limit, where, remedy))
     worst, task = max((rotation_error(task, seed), task) for task in c.TASKS)
     remedy = "look at the quaternion's order in preprocess/observation.py (MuJoCo: wxyz, official info: xyzw)"
-    where = f"{task}, robots turned"
-    checks.append(Check(1, "rotation, by MuJoCo's own matrix", worst, 0.0, ROTATION_LIMIT, where, remedy))
-    return checks
+    rotation = "rotation, by MuJoCo's own matrix"
+    return [*checks, Check(1, rotation, worst, 0.0, ROTATION_LIMIT, f"{task}, robots turned", remedy)]
 
 
 # --- gate 2: the policy ---------------------------------------------------------------------------------
@@ -260,47 +247,19 @@ def observation_checks(states: dict[str, tuple[np.ndarray, Info]], seed: int) ->
 
 def actor_checks(pretrained: Checkpoint, converted: Checkpoint, real_obs: np.ndarray) -> tuple[list[Check], dict]:
     """JAX against PyTorch on real (N, 87) and golden observations, and log_std on the real ones."""
-    from convert_jax2torch import compare
-
     obs = np.concatenate([real_obs, pretrained.golden_obs])
-    actions = policy_from_arrays(pretrained.arrays)(obs)
-    differences, log_std = compare(pretrained.arrays, converted.arrays, obs, actions)
-    log_std = log_std[: len(real_obs)]
-    low, high = LOG_STD_RANGE
-    where = f"{len(real_obs)} real observations"
-    remedy = "pre-training diverged: take an earlier checkpoint or train longer"
+    differences = conversion.compare(pretrained.arrays, converted.arrays, obs)
+    where, remedy = f"{len(obs)} real and golden observations", "convert again with convert_jax2torch.py"
     checks = [
-        Check(
-            2,
-            "action, JAX and PyTorch actors",
-            differences["actor"],
-            0.0,
-            ACTION_LIMIT,
-            f"{where}, {len(pretrained.golden_obs)} golden ones",
-            "convert again with convert_jax2torch.py",
-        ),
-        Check(2, "log_std before clipping, lowest", float(log_std.min()), low, high, where, remedy),
-        Check(2, "log_std before clipping, highest", float(log_std.max()), low, high, where, remedy),
+        Check(2, f"action, JAX and PyTorch actors, {name}", differences[name], 0.0, limit, where, remedy)
+        for name, limit in ACTION_LIMITS.items()
     ]
-    spread = {
-        "min": float(log_std.min()),
-        "mean": float(log_std.mean()),
-        "max": float(log_std.max()),
-        "share_outside": 1.0 - float(np.mean((low <= log_std) & (log_std <= high))),
-    }
+    spread = conversion.log_std_report(conversion.log_std(pretrained.arrays, real_obs))
+    low, high = spread.pop("range")
+    where, remedy = f"{len(real_obs)} real observations", "pre-training diverged: take an earlier checkpoint"
+    for end in ("min", "max"):
+        checks.append(Check(2, f"log_std before clipping, {end}", spread[end], low, high, where, remedy))
     return checks, spread
-
-
-class Recorded(NamedTuple):
-    """A policy that appends every observation it acts on to a file of its process."""
-
-    policy: Policy
-    directory: Path
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        with (self.directory / f"{os.getpid()}.float32").open("ab") as file:
-            file.write(np.asarray(obs, np.float32).tobytes())
-        return self.policy(obs)
 
 
 def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], list]:
@@ -316,36 +275,22 @@ def trajectory_checks(pretrained: Checkpoint, converted: Checkpoint, config: Con
         with tempfile.TemporaryDirectory() as directory:
             recorded = Recorded(after, Path(directory))
             played = evaluate(recorded, config.episodes, seed, config.start_noise, config.backend)
-            met = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
+            files = [np.fromfile(file, np.float32) for file in sorted(Path(directory).iterdir())]
         expected = evaluate(before, config.episodes, seed, config.start_noise, config.backend)
-        met = np.concatenate(met).reshape(-1, OBS_SIZE)
+        met = np.concatenate(files).reshape(-1, OBS_SIZE)
         apart = float(np.maximum(apart, np.abs(after(met) - before(met)).max()))
         observations += len(met)
         rounds.append({"seed": seed, "pretrained": _scores(expected), "converted": _scores(played)})
         low, high = expected["ci95"]
         if low <= played["mean"] <= high:
             break
-    where = f"{config.episodes} starts per task, master seed {seed}"
-    return [
-        Check(
-            2,
-            "action along the trajectory",
-            apart,
-            0.0,
-            ACTION_LIMIT,
-            f"{observations:,} observations that the converted policy met",
-            "convert again with convert_jax2torch.py",
-        ),
-        Check(
-            2,
-            "converted score in pre-trained one's 95 % interval",
-            played["mean"],
-            low,
-            high,
-            where if len(rounds) == 1 else f"{where}, round {len(rounds)} of at most {_SCORE_ROUNDS}",
-            "every round missed, so the two policies play differently: convert again",
-        ),
-    ], rounds
+    where, remedy = f"{observations:,} observations that the converted policy met", "convert again"
+    limit = ACTION_LIMITS["float64"]  # that is how both are computed here
+    actions = Check(2, "action along the trajectory", apart, 0.0, limit, where, remedy)
+    where = f"{config.episodes} starts per task, master seed {seed}, round {len(rounds)} of at most {_SCORE_ROUNDS}"
+    remedy = "every round missed, so the two policies play differently: convert again"
+    name = "converted score in pre-trained one's 95 % interval"
+    return [actions, Check(2, name, played["mean"], low, high, where, remedy)], rounds
 
 
 def _scores(result: dict) -> dict:
@@ -395,56 +340,35 @@ def compare_behaviour(
     for name, tolerance in TOLERANCES.items():
         allowed, standard_error = limit(tolerance, expected[name], actual[name])
         sides = {"pretraining": _side(expected[name]), "official": _side(actual[name])}
-        difference_of_means = sides["official"]["mean"] - sides["pretraining"]["mean"]
-        numbers[name] = sides | {
-            "difference": difference_of_means,
-            "standard_error": standard_error,
-            "limit": allowed,
-        }
-        where = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
-        checks.append(
-            Check(
-                3,
-                f"{task}: {name}, official - pre-training",
-                difference_of_means,
-                None if tolerance.worse == "more" else -allowed,
-                None if tolerance.worse == "less" else allowed,
-                f"{len(actual[name])} starts, {where}",
-                "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer",
-            )
-        )
+        apart = sides["official"]["mean"] - sides["pretraining"]["mean"]
+        numbers[name] = sides | {"difference": apart, "standard_error": standard_error, "limit": allowed}
+        low, high = (None if tolerance.worse == side else sign * allowed for side, sign in (("more", -1), ("less", 1)))
+        spreads = ", ".join(f"{side} {of['mean']:.3g} ± {of['std']:.3g}" for side, of in sides.items())
+        where = f"{len(actual[name])} starts, {spreads}"
+        remedy = "the simulators differ for this policy: pre-train at the next --dr-level, and fine-tune longer"
+        checks.append(Check(3, f"{task}: {name}, official - pre-training", apart, low, high, where, remedy))
     return checks, numbers
 
 
 def _side(values: np.ndarray) -> dict[str, Any]:
-    return {
-        "mean": float(np.mean(values)),
-        "std": float(np.std(values, ddof=1)),
-        "ci95": mean_interval(values),
-    }
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "ci95": mean_interval(values)}
 
 
 def behaviour_checks(pretrained: Checkpoint, converted: Checkpoint, config: Config) -> tuple[list[Check], dict]:
     """Play the pre-trained policy in the pre-training scene, the converted one officially; compare."""
-    from booster_soccer.rollout import pretraining
-
     seeds = [official.match_seed(config.seed, i) for i in range(config.behaviour_episodes)]
     episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
-    before, after = (policy_from_arrays(checkpoint.arrays) for checkpoint in (pretrained, converted))
-    expected = pretraining.run_episodes(before, episodes, config.start_noise)._asdict()
-    results = player(config.backend)(after, episodes, config.start_noise)
-    actual = {name: _column(results, name) for name in TOLERANCES}
+    sides = []
+    for backend, checkpoint in (("scene", pretrained), (config.backend, converted)):
+        results = play_in_workers(backend, policy_from_arrays(checkpoint.arrays), episodes, config.start_noise)
+        sides.append({name: np.array([float(getattr(result, name)) for result in results]) for name in TOLERANCES})
     checks, numbers = [], {}
     for i, task in enumerate(c.TASKS):
         mine = slice(i * len(seeds), (i + 1) * len(seeds))
-        sides = ({name: values[mine] for name, values in side.items()} for side in (expected, actual))
-        of_task, numbers[task] = compare_behaviour(task, *sides)
+        pair = ({name: values[mine] for name, values in side.items()} for side in sides)
+        of_task, numbers[task] = compare_behaviour(task, *pair)
         checks += of_task
     return checks, {"backend": config.backend, "starts_per_task": len(seeds), "tasks": numbers}
-
-
-def _column(results: list[EpisodeResult], name: str) -> np.ndarray:
-    return np.array([getattr(result, name) for result in results], np.float64)
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -459,11 +383,9 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
         )
     if config.behaviour_episodes < 2:
         raise UserError(f"--behaviour-episodes {config.behaviour_episodes}: at least 2, one has no spread")
-    if config.json is not None:
-        reserve(config.json)
     pretrained = checkpoints.load(config.pretrained, ("pretrained",))
     converted = checkpoints.load(config.converted, ("converted",))
-    if converted.manifest["parent"] != {"stage": pretrained.stage, "hash": pretrained.hash}:
+    if converted.manifest["parents"] != [{"stage": pretrained.stage, "hash": pretrained.hash}]:
         raise UserError(
             f"checkpoint {config.converted} was not converted from {config.pretrained}: give the one it came from"
         )
@@ -473,6 +395,12 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, write the JSON file if one is named; returns its content, `passed` is the verdict."""
     pretrained, converted = load(config)
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in ("pretrained", "converted", "json")
+    }
+    identity = settings | {"pretrained": pretrained.hash, "converted": converted.hash}
+    if there := finished(config.json, identity):
+        return there
     policy = policy_from_arrays(converted.arrays)
     visited, states = {}, {}
     for task in c.TASKS:
@@ -488,10 +416,11 @@ def main(config: Config) -> dict[str, Any]:
     of_trajectory, scores = trajectory_checks(pretrained, converted, config)
     of_behaviour, behaviour = behaviour_checks(pretrained, converted, config)
     checks += of_actor + of_trajectory + of_behaviour
+    given = {"pretrained": pretrained, "converted": converted}
     report = {
         "passed": all(check.passed for check in checks),
-        "pretrained": {"checkpoint": str(config.pretrained), "hash": pretrained.hash},
-        "converted": {"checkpoint": str(config.converted), "hash": converted.hash},
+        "identity": identity,
+        **{name: {"checkpoint": str(of.path), "hash": of.hash} for name, of in given.items()},
         "seed": config.seed,
         "states_per_task": {"visited": config.states, "turned": config.states // 2},
         "checks": [asdict(check) | {"passed": check.passed} for check in checks],
@@ -499,58 +428,26 @@ def main(config: Config) -> dict[str, Any]:
         "scores": scores,
         "behaviour": behaviour,
     }
-    _print(checks, report)
+    _print(checks)
     if config.json is not None:
         write_json(report, config.json)
     return report
 
 
-def _print(checks: list[Check], report: dict[str, Any]) -> None:
-    """The tables on stdout, a line for each failure on stderr."""
-    table = Table(title="Gates 1 and 2")
-    for column in ("gate", "check", "measured", "limits", "verdict"):
+def _print(checks: list[Check]) -> None:
+    """A table on stdout, a line for each failure on stderr."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("gate", "check", "measured", "limits", "of", ""):
         table.add_column(column)
     for check in checks:
-        if check.gate < 3:
-            table.add_row(str(check.gate), check.name, f"{check.measured:.3g}", check.limits, _verdict(check))
-    console, log_std = Console(), report["log_std"]
-    console.print(table)
-    spread = ", ".join(f"{name} {log_std[name]:+.2f}" for name in ("min", "mean", "max"))
-    console.print(f"log_std before clipping: {spread}; {log_std['share_outside']:.2%} outside {LOG_STD_RANGE}")
-    console.print(_behaviour_table([check for check in checks if check.gate == 3], report["behaviour"]))
-    for check in checks:
+        verdict, number = "passed" if check.passed else "FAILED", f"{check.measured:.3g}"
+        table.add_row(str(check.gate), check.name, number, check.limits, check.where, verdict)
         if not check.passed:
-            print(
-                f"failed: gate {check.gate}, {check.name}: {check.measured:.3g} is not within "
-                f"{check.limits} ({check.where}); {check.remedy}",
-                file=sys.stderr,
-            )
-
-
-def _verdict(check: Check) -> str:
-    return "passed" if check.passed else "FAILED"
-
-
-def _behaviour_table(checks: list[Check], behaviour: dict[str, Any]) -> Table:
-    """Gate 3: mean and standard deviation on both sides, and the difference of the means with its limits."""
-    title = f"Gate 3: {behaviour['starts_per_task']} starts a task, official side in: {behaviour['backend']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("", "pre-training", "official", "difference", "allowed", "verdict"):
-        table.add_column(column, justify="left" if column in ("", "verdict") else "right", no_wrap=True)
-    rows = ((task, name, of) for task, names in behaviour["tasks"].items() for name, of in names.items())
-    for (task, name, of), check in zip(rows, checks, strict=True):
-        digits = 0 if name == "steps" else 2
-        sides = [
-            f"{side['mean']:.{digits}f} ± {side['std']:.{digits}f}" for side in (of["pretraining"], of["official"])
-        ]
-        signs = {"more": "+", "less": "-", "both": "±"}
-        allowed = f"{signs[TOLERANCES[name].worse]}{of['limit']:.{digits}f}"
-        table.add_row(f"{task} {name}", *sides, f"{of['difference']:+.{digits}f}", allowed, _verdict(check))
-    return table
+            failure = f"{check.name}: {number} is not within {check.limits} ({check.where}); {check.remedy}"
+            print(f"failed: gate {check.gate}, {failure}", file=sys.stderr)
+    Console().print(table)
 
 
 if __name__ == "__main__":
-    import gates  # by its name: the workers look up `Recorded` there, `__main__` is not theirs
-
-    report = errors.run(gates.main, tyro.cli(gates.Config, description=__doc__))
+    report = errors.run(main, tyro.cli(Config, description=__doc__))
     sys.exit(0 if report["passed"] else 1)

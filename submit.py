@@ -11,7 +11,7 @@ Input: a converted or fine-tuned checkpoint. Output: a directory with
 
 Without `--yes` nothing leaves the machine. The proof: the SDK loads both files and plays the three
 official environments with the official score. The same torques are then played again in our own runner
-(`envs/official.py`): score and length must be equal. Along the way our own NumPy control says at every
+(`rollout/play.py`): score and length must be equal. Along the way our own NumPy control says at every
 physics step which torque it would have given: the module may differ by rounding only. What `evaluate.py`
 gives for the same seeds is reported beside it; where the two round differently it need not be equal, since
 contacts are chaotic and a difference in the seventh digit of a torque can grow into another ending.
@@ -49,7 +49,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
-from booster_soccer.store import checkpoints
+from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.places import is_vacant
 
 FORMAT = "booster-soccer submission"
@@ -60,7 +60,6 @@ KEY_VARIABLE = "SAI_API_KEY"
 SCORE_TOLERANCE = 1e-9  # same torques in the same environment: only the order of a sum may differ
 # Rounding to float32: some 1e-6 in an action, times gains of up to 200 N m/rad.
 TORQUE_TOLERANCE_NM = 0.01
-_PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "sai-mujoco", "sai-rl")
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
             "code": checkpoint.manifest["code"],
             "observation_layout": LAYOUT_HASH,
             "official_score": score["mean"],
-            "versions": _versions(),
+            "versions": manifests.versions(),
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": {file: _sha256(work / file) for file in _FILES},
         }
@@ -187,7 +186,7 @@ class SubmittedTorque(gym.Wrapper):
 
 def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> dict[str, Any]:
     """Score the two files with the SDK and hold the result against our own; `UserError` if they differ."""
-    sdk, official = _import_sdk(), _import_official()
+    sdk, (official, player) = _import_sdk(), _import_player()
     policy = policy_from_arrays(checkpoint.arrays)
     tasks = {}
     for task in c.TASKS:
@@ -196,20 +195,22 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         scores, seconds, seeds, manager = sdk_benchmark(sdk, package, env, task, config)
         if seeds != [official.match_seed(config.seed, i) for i in range(config.episodes)]:
             raise UserError("the SDK drew other seeds than envs/official.py: use the pinned sai-rl")
-        replay, hold = SubmittedTorque(env, manager), _hold_steps(config)
-        replayed = [official.run_episode(replay, task, policy, seed, hold=hold) for seed in seeds]
+        replay = SubmittedTorque(env, manager)
+        lanes = player.OfficialLanes(task, replay, _hold_steps(config))
+        replayed = list(player.play(lanes, policy, [player.Episode(task, seed) for seed in seeds]))
         env.close()
+        apart = _max_difference(scores, [result.score for result in replayed])
         tasks[task] = {
             "mean": float(np.mean(scores)),
             "scores": scores,
             "seeds": seeds,
             "steps": [result.steps for result in replayed],
-            "same_torques_max_difference": _max_difference(scores, [result.score for result in replayed]),
+            "same_torques_max_difference": apart,
             "torque_max_difference_nm": replay.max_difference_nm,
         }
         # The SDK does not count an episode's last step.
         lengths_agree = np.allclose(seconds, [(result.steps - 1) * c.PHYSICS_DT_S for result in replayed])
-        if not (tasks[task]["same_torques_max_difference"] <= SCORE_TOLERANCE and lengths_agree):
+        if not (apart <= SCORE_TOLERANCE and lengths_agree):
             raise UserError(
                 f"task '{task}': the SDK's benchmark scored {scores}, our runner with the same torques "
                 f"{[result.score for result in replayed]}: one of the two has changed; use the pinned sai-rl "
@@ -218,11 +219,11 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         if not replay.max_difference_nm <= TORQUE_TOLERANCE_NM:
             raise UserError(
                 f"task '{task}': the submitted model's torque differs from our own control's by "
-                f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: "
-                "booster_soccer/agents/submission_model.py and booster_soccer/envs/pd.py disagree, so neither can be trusted; report this"
+                f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: agents/submission_model.py and "
+                "envs/pd.py disagree, so neither can be trusted; report this"
             )
     if config.hold:
-        _add_evaluation(tasks, policy, official)
+        _add_evaluation(tasks, policy, player)
     return {
         "mean": float(np.mean([result["mean"] for result in tasks.values()])),
         "seed": config.seed,
@@ -257,21 +258,11 @@ def sdk_benchmark(
 def sdk_task(sdk: SimpleNamespace, task: str):
     """The SDK's description of one of our tasks, with the official score as its evaluation function."""
     version = importlib.metadata.version("sai-mujoco")
-    environment = sdk.EnvironmentType(
-        id=task,
-        name=task,
-        gymId=c.GYM_ID[task],
-        type="gymnasium",
-        actionType="continuous",
-        package=sdk.PackageType(id="sai_mujoco", name="sai_mujoco", version=version),
-    )
-    return sdk.TaskType(
-        id=task,
-        environment=environment,
-        evaluationFn=evaluation_source(task),
-        index=c.TASKS.index(task),
-        totalTaskCount=c.NUM_TASKS,
-    )
+    package = sdk.PackageType(id="sai_mujoco", name="sai_mujoco", version=version)
+    kind = {"type": "gymnasium", "actionType": "continuous", "package": package}
+    environment = sdk.EnvironmentType(id=task, name=task, gymId=c.GYM_ID[task], **kind)
+    place = {"index": c.TASKS.index(task), "totalTaskCount": c.NUM_TASKS}
+    return sdk.TaskType(id=task, environment=environment, evaluationFn=evaluation_source(task), **place)
 
 
 def evaluation_source(task: str) -> str:
@@ -286,10 +277,10 @@ def evaluation_fn(env, eval_state):
 """
 
 
-def _add_evaluation(tasks: dict[str, dict], policy, official) -> None:
+def _add_evaluation(tasks: dict[str, dict], policy, player) -> None:
     """Add what `evaluate.py` gives for the same seeds: our float64 control by itself, free to drift away."""
-    episodes = [official.Episode(task, seed) for task in tasks for seed in tasks[task]["seeds"]]
-    results = official.run_episodes(policy, episodes)
+    episodes = [player.Episode(task, seed) for task in tasks for seed in tasks[task]["seeds"]]
+    results = player.play_in_workers("official", policy, episodes)
     for task, entry in tasks.items():
         own = [result.score for result in results if result.task == task]
         entry["evaluate_mean"] = float(np.mean(own))
@@ -363,16 +354,17 @@ def _import_sdk() -> SimpleNamespace:
         ) from error
 
 
-def _import_official():
-    """`envs.official`, whose import of mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
+def _import_player():
+    """`envs.official` and `rollout.play`; importing mujoco fails where MUJOCO_GL names an OpenGL that is not there."""
     try:
         from booster_soccer.envs import official
+        from booster_soccer.rollout import play
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"cannot import the official environments with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: "
             f"{_one_line(error)}; nothing is rendered here, so set MUJOCO_GL=disable"
         ) from error
-    return official
+    return official, play
 
 
 # --- checks, files and text ---------------------------------------------------------------------------
@@ -417,10 +409,6 @@ def _sha256(file: Path) -> str:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
 def _one_line(error: BaseException) -> str:

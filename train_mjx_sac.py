@@ -79,7 +79,7 @@ class Config:
 
 
 # Measured times and scores: docs/results.md. The GPU presets have not been measured yet: they take as many samples per
-# transition as `cpu`, in fewer and larger batches, and put the ramp at the same share of the run. `demo` ends before it.
+# transition as `cpu`, in fewer and larger batches, with the ramp at the same share of the run. `demo` ends before it.
 _CPU = Config(out=Path("runs/cpu/pretrain"), preset="cpu", engine="native", total_steps=10_000_000)
 _L4 = Config(
     out=Path("runs/l4/pretrain"),

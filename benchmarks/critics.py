@@ -3,9 +3,9 @@
     python benchmarks/critics.py --checkpoint runs/cpu/converted [--episodes 50] [--discount 0.99]
 
 The policy plays without exploration noise from official starts with joint noise; at every action the critics' mean
-value is held against the discounted dense return that followed, to the episode's end. Output: for each task and side the
-returns' spread, the root mean square error, and the share of the returns' variance that the values explain. Both sides
-pay the same dense reward (`rewards/dense.py`), so what differs is the physics and the rules.
+value is held against the discounted dense return that followed, to the episode's end. Output: for each task and side
+the returns' spread, the root mean square error, and the share of the returns' variance that the values explain. Both
+sides pay the same dense reward (`rewards/dense.py`), so what differs is the physics and the rules.
 """
 
 import sys

@@ -16,13 +16,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from booster_soccer import errors  # noqa: E402
-from booster_soccer.agents.policy import policy_from_arrays  # noqa: E402
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
-from booster_soccer.envs.twin import TwinEnv  # noqa: E402
-from booster_soccer.preprocess.submission import Preprocessor  # noqa: E402
-from booster_soccer.store import checkpoints  # noqa: E402
+from booster_soccer.rollout.lanes import Sight, TwinLanes
+from booster_soccer.rollout.play import Episode, play
+from booster_soccer.store import checkpoints
 
 _KICK_M_S = 0.5
 _READ_AFTER_ACTIONS = 10
@@ -48,25 +48,37 @@ def _angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(np.degrees(turn))
 
 
-def play(config: Config) -> dict[str, np.ndarray]:
-    """Per action and lane (T, B, 2): ball velocity, ball to target, robot to ball, robot; per lane (B,): how it ended."""
+class WatchedLanes(TwinLanes):
+    """Keeps what is seen of the lanes at each action."""
+
+    def __init__(self, task: str, num_lanes: int):
+        super().__init__(task, num_lanes)
+        self.seen: list[Sight] = []
+
+    def observe(self) -> np.ndarray:
+        self.seen.append(self.look())
+        return super().observe()
+
+
+def watch(config: Config) -> dict[str, np.ndarray]:
+    """Per action and lane (T, B, 2): ball velocity, ball to target, robot to ball, robot; per lane (B,): its end."""
     policy = policy_from_arrays(checkpoints.load(config.checkpoint).arrays)
-    seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
-    env = TwinEnv("target", config.episodes)
-    obs, info = env.reset(seeds, config.start_noise)
-    rows: dict[str, list[np.ndarray]] = {"ball_vel": [], "to_target": [], "to_ball": [], "robot": []}
-    while env.alive.any():
-        rows["ball_vel"].append(env.ball_centre_velocity_w[:, :2].copy())
-        target_w = env.imu_pos_w + info["target_xpos_rel_robot"]
-        rows["to_target"].append((target_w - env.ball_centre_w)[:, :2])
-        rows["to_ball"].append((env.ball_centre_w - env.imu_pos_w)[:, :2])
-        rows["robot"].append(env.imu_pos_w[:, :2].copy())
-        step = env.step_action(policy(Preprocessor().modify_state(obs, info)))
-        obs, info = step.obs, step.info
-    ended = {"actions": -(-env.steps // c.PHYSICS_STEPS_PER_ACTION), "touches": env.touches, "hit": info["success"].astype(bool),
-             "out": env.score_terms()["offside"] != 0.0, "fell": env.imu_pos_w[:, 2] <= c.FALL_HEIGHT_M}  # fmt: skip
-    env.close()
-    return {name: np.array(values) for name, values in rows.items()} | ended
+    episodes = [Episode("target", official.match_seed(config.seed, i)) for i in range(config.episodes)]
+    lanes = WatchedLanes("target", config.episodes)
+    results = list(play(lanes, policy, episodes, config.start_noise))
+    lanes.close()
+    seen, steps = lanes.seen, np.array([result.steps for result in results])
+    return {
+        "ball_vel": np.array([now.ball.centre_vel_w for now in seen])[..., :2],
+        "to_target": np.array([now.aim_pos_w - now.ball.centre_pos_w for now in seen])[..., :2],
+        "to_ball": np.array([now.ball.centre_pos_w - now.imu_pos_w for now in seen])[..., :2],
+        "robot": np.array([now.imu_pos_w for now in seen])[..., :2],
+        "actions": -(-steps // c.PHYSICS_STEPS_PER_ACTION),
+        "touches": np.array([result.touches for result in results]),
+        "hit": np.array([result.success for result in results]),
+        "out": np.array([result.terms["offside"] != 0.0 for result in results]),
+        "fell": np.array([result.fell for result in results]),
+    }
 
 
 def print_chase(p: dict[str, np.ndarray], after_kick: np.ndarray) -> None:
@@ -81,9 +93,8 @@ def print_chase(p: dict[str, np.ndarray], after_kick: np.ndarray) -> None:
     for low, high in zip(_FROM_BALL_M, _FROM_BALL_M[1:]):
         mine = playing & (low <= from_ball) & (from_ball < high)
         speeds = [np.median(v[mine]) if mine.any() else np.nan for v in (moved, ball)]
-        print(
-            f"| {low:.1f} to {high:.1f} m | {mine.sum() / max(playing.sum(), 1):.0%} | {speeds[0]:.2f} | {speeds[1]:.2f} |"
-        )
+        share = mine.sum() / max(playing.sum(), 1)
+        print(f"| {low:.1f} to {high:.1f} m | {share:.0%} | {speeds[0]:.2f} | {speeds[1]:.2f} |")
 
 
 def main(config: Config) -> None:
@@ -92,7 +103,7 @@ def main(config: Config) -> None:
         raise errors.UserError(f"--episodes must be at least 1, got {config.episodes}")
     if not config.start_noise >= 0.0:
         raise errors.UserError(f"--start-noise must be at least 0, got {config.start_noise}")
-    p = play(config)
+    p = watch(config)
     lanes = np.arange(config.episodes)
     fast = np.linalg.norm(p["ball_vel"], axis=-1) > _KICK_M_S
     kicked = fast.any(0)

@@ -47,15 +47,15 @@ def one_line(message: str) -> str:
     return " ".join(message.split())
 
 
-def check_numbers(config: Any, prefix: str = "--") -> None:
-    """Raise `UserError` where a number in a configuration is NaN, infinite or 2^62 and more."""
+def check_numbers(config: Any) -> None:
+    """Raise `UserError` where a number in a configuration, nested ones too, is NaN, infinite or 2^62 and more."""
     if not dataclasses.is_dataclass(config):
         return
     for field in dataclasses.fields(config):
-        name, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        name, value = "--" + field.name.replace("_", "-"), getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{name} cannot be {number}: give a finite number")
             if isinstance(number, int) and not -_INT_LIMIT <= number < _INT_LIMIT:
                 raise UserError(f"{name} has more digits than can be counted with: give a number below 2^62")
-        check_numbers(value, f"{name}.")
+        check_numbers(value)

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from booster_soccer.agents.sac_networks import GAIN, Normalizer
 
 import train_mjx_sac
 from benchmarks import ablation
-from booster_soccer.agents.sac_networks import GAIN, Normalizer
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess import observation

@@ -1,4 +1,4 @@
-"""The chain as a process: SIGTERM reaches the stage, and its record survives a kill at every instant."""
+"""The chain: the stages in order, each by its own process; the first that fails ends it, and so does SIGTERM."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import chain
+from booster_soccer.errors import UserError
 
 ROOT = Path(chain.__file__).parent
 _CHAIN = """
@@ -25,17 +26,17 @@ _STAGE = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from booster_soccer.store import resume
+from booster_soccer.store.signals import STOPPED, StopSignal
 place = Path({place!r})
 {body}
 """
 _SAVES = """
-with resume.StopSignal() as stop:
+with StopSignal() as stop:
     (place / "pid").write_text(str(os.getpid()))
     while not stop.received:
         time.sleep(0.01)
     (place / "saved").touch()
-    raise SystemExit(resume.STOPPED)
+    raise SystemExit(STOPPED)
 """
 _IGNORES = """
 import signal
@@ -65,53 +66,58 @@ def test_sigterm_reaches_the_stage_and_ends_both(tmp_path, body, saved):
     assert (tmp_path / "saved").exists() == saved
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["seconds"] == {}
+    assert not (tmp_path / "out").exists()
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
+def test_the_first_stage_that_fails_ends_the_chain(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "SCRIPTS", tmp_path)  # a machine without even the first script
+    with pytest.raises(UserError, match="stage 'pretrain' failed: train_mjx_sac.py ended with status 2, .*--resume"):
+        chain.main(chain.Config(out=tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_summary_survives_a_kill_at_every_instant_where_a_rename_cannot_replace(tmp_path, monkeypatch):
-    """Fault injection: a rename over an existing name fails, and the kill comes before the nth change on disk."""
-    old, new = ({"settings": {"preset": "demo", "seed": 0, "pretrain_steps": None}, "seconds": {"pretrain": seconds}}
-                for seconds in (1.0, 2.0))  # fmt: skip
-    for there in ("summary.json", "summary.json.writing"):  # the second is what a kill between two steps leaves
-        stop_before, finished = 0, False
-        while not finished:
-            stop_before += 1
-            config = chain.Config(out=tmp_path / f"{there}{stop_before}", resume=True)
-            (config.out / "pretrain").mkdir(parents=True)
-            (config.out / there).write_text(json.dumps(old))
-            count = 0
-
-            def counted(function, count_to=stop_before):
-                def call(*args, **kwargs):
-                    nonlocal count
-                    count += 1
-                    if count == count_to:
-                        raise Killed
-                    if function.__name__ == "rename" and os.path.lexists(args[1]):
-                        raise FileExistsError(args[1])
-                    return function(*args, **kwargs)
-
-                return call
-
-            with monkeypatch.context() as patch:
-                for name in ("rename", "unlink", "fsync", "mkdir"):
-                    patch.setattr(os, name, counted(getattr(os, name)))
-                patch.setattr(os, "replace", lambda *_: pytest.fail("a rename over an existing name"))
-                try:
-                    assert chain.start_summary(config) == old
-                    chain.write_summary(config, new)
-                    finished = True
-                except Killed:
-                    pass
-            assert chain.start_summary(config) in ([new] if finished else [old, new])
-            assert [path.name for path in config.out.glob("summary*")] == ["summary.json"] or not finished
-        assert stop_before > 4
+def pretend(command: list[str]) -> None:
+    """Leave what the chain reads of a script's output."""
+    script, options = command[0], dict(zip(command[1:], command[2:]))
+    if script == "evaluate.py":
+        by_task = {"mean": 0.5, "mean_steps": 100.0}
+        result = {"tasks": dict.fromkeys(chain.c.TASKS, by_task), "mean": 0.5, "ci95": [0.25, 0.75]}
+        file = Path(options["--json"])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result))
+    elif script == "submit.py":
+        Path(options["--out"]).mkdir(exist_ok=True)
+        (Path(options["--out"]) / "score.json").write_text('{"mean": 0.75}')
 
 
-def test_a_chain_killed_before_its_first_record_starts(tmp_path):
-    (tmp_path / "summary.json.writing").write_text('{"settings": {"pre')
-    assert chain.start_summary(chain.Config(out=tmp_path))["seconds"] == {}
+def test_a_chain_runs_every_stage_and_writes_its_summary_again(tmp_path, monkeypatch, capsys):
+    ran: list[list[str]] = []
+    monkeypatch.setattr(chain, "run_script", lambda _, command: (ran.append(command), pretend(command)))
+    out = tmp_path / "out"
+    for resume in (False, True):
+        ran.clear()
+        assert chain.main(chain.Config(out=out, seed=4, pretrain_steps=9, resume=resume)) == out
+        assert [command[0] for command in ran] == [
+            *("train_mjx_sac.py", "convert_jax2torch.py", "gates.py", "finetune_ddpg.py"),
+            *("evaluate.py",) * 5,
+            "submit.py",
+        ]
+        # What is long goes on from its saved state; the others know their output.
+        assert [command[0] for command in ran if "--resume" in command] == [
+            "train_mjx_sac.py",
+            "finetune_ddpg.py",
+        ] * resume
+        assert all(options[options.index("--seed") + 1] in ("4", "5") for options in ran)
+        assert ran[0][ran[0].index("--total-steps") + 1] == "9"
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["settings"] == {"preset": "demo", "seed": 4, "pretrain_steps": 9}
+        assert list(summary["seconds"]) == ["pretrain", "convert", "gates", "finetune", "evaluate", "submit"]
+        assert [row["seed"] for row in summary["scores"]] == [4, 4, 5, 4, 4] and summary["sdk_score"] == 0.75
+        assert "fine-tuned" in capsys.readouterr().out
+    assert [path.name for path in out.glob("summary*")] == ["summary.json"]
+
+
+def test_numbers_that_no_stage_takes_are_refused(tmp_path):
+    for wrong in ({"seed": -1}, {"pretrain_steps": 0}):
+        with pytest.raises(UserError, match="need at least"):
+            chain.main(chain.Config(out=tmp_path / "out", **wrong))

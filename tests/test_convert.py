@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from booster_soccer.agents.torch_networks import HIDDEN, Actor
 
 import convert_jax2torch as stage
 from booster_soccer.agents.policy import policy_from_arrays
-from booster_soccer.agents.torch_networks import HIDDEN, Actor
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE

@@ -1,7 +1,7 @@
 """A full disk, a read-only directory, a volume that cannot rename over a name: the last state stays, in one line.
 
 The file systems are real ones, mounted for the test (that needs root on Linux); what no file system here can do is
-a fault injection and says so. Whole runs on a disk that fills up: `benchmarks/full_disk.py`.
+a fault injection and says so. Whole runs on a disk that fills up: `tests/long/full_disk.py`.
 """
 
 import contextlib
@@ -14,15 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import chain
-import evaluate
 import submit
 from booster_soccer import errors
-from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.store import checkpoints
+from booster_soccer.store.places import check_output_dir
 from booster_soccer.store.replay import Replay, Segments
+from booster_soccer.tracking import report
 
 HIDDEN = 8
 ARRAYS = {
@@ -39,8 +38,7 @@ OBS = np.linspace(-1, 1, 16 * OBS_SIZE, dtype=np.float32).reshape(16, OBS_SIZE)
 def save(path: Path, steps: int) -> Path:
     """A checkpoint of about 60 KB."""
     more = {"optimizer": {"moments": np.full(12_000, steps, np.float32)}}
-    actions = policy_from_arrays(ARRAYS)(OBS)
-    return checkpoints.save(path, "converted", ARRAYS, OBS, actions, {}, 0, steps, None, {}, more, overwrite=True)
+    return checkpoints.save(path, "converted", ARRAYS, OBS, {}, 0, steps, [], {}, more, overwrite=True)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -106,26 +104,21 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(small_disk, capsys):
     assert checkpoints.load(small_disk / "run").manifest["steps"] == 3
 
 
-def test_a_full_disk_leaves_replay_segments_and_summary(small_disk, capsys):
+def test_a_full_disk_leaves_replay_segments_and_nothing_half_written(small_disk, capsys):
     segments, replay = Segments(small_disk / "replay"), Replay(30_000, {"reward": ()})
     replay.add(reward=np.ones(1000, np.float32))
     table = segments.write(replay)
-    config = chain.Config(out=small_disk / "chain", resume=True)
-    summary = {"settings": {"preset": "demo", "seed": 0, "pretrain_steps": None}, "seconds": {"pretrain": 1.0}}
-    chain.write_summary(config, summary)
     with contextlib.suppress(OSError), open(small_disk / "of somebody else", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
     before = contents(small_disk)
     replay.add(reward=np.ones(29_000, np.float32))
     assert "No space left on device" in printed(capsys, segments.write, replay)
-    assert "No space left on device" in printed(capsys, chain.write_summary, config, summary | {"scores": ["x"] * 999})
-    assert "No space left on device" in printed(capsys, lambda: evaluate.write_json({"x": 1}, small_disk / "x.json"))
+    assert "No space left on device" in printed(capsys, lambda: report.write_json({"x": 1}, small_disk / "x.json"))
     assert contents(small_disk) == before
     again = Replay(30_000, {"reward": ()})
     Segments(segments.directory).read(table, again, 1000)
     assert again.added == 1000
-    assert chain.start_summary(config) == summary
 
 
 # --- a read-only place ----------------------------------------------------------------------------------
@@ -134,11 +127,10 @@ def test_a_full_disk_leaves_replay_segments_and_summary(small_disk, capsys):
 def test_a_read_only_place_is_refused_before_any_work(read_only, capsys):
     before = contents(read_only)
     for out in ("run", "new", "deep/new"):
-        assert f"cannot write into {read_only}" in printed(capsys, checkpoints.check_output_dir, read_only / out)
+        assert f"cannot write into {read_only}" in printed(capsys, check_output_dir, read_only / out)
         assert "Read-only file system" in printed(capsys, save, read_only / out, 2)
     assert checkpoints.load(read_only / "run").manifest["steps"] == 1
-    assert "Read-only" in printed(capsys, evaluate.reserve, read_only / "x.json")
-    assert "Read-only" in printed(capsys, chain.main, chain.Config(out=read_only / "chain"))
+    assert "Read-only" in printed(capsys, report.finished, read_only / "x.json", {})
     assert "Read-only" in printed(capsys, submit.main, submit.Config(read_only / "run", read_only / "package"))
     replay = Replay(10, {"reward": ()})
     replay.add(reward=np.ones(5, np.float32))
@@ -167,11 +159,6 @@ def test_a_volume_that_cannot_rename_over_a_name(tmp_path, monkeypatch):
         save(tmp_path / "run", steps)
         assert checkpoints.load(tmp_path / "run").manifest["steps"] == steps
     assert checkpoints.load(tmp_path / "run.previous").manifest["steps"] == 3
-    config = chain.Config(out=tmp_path / "chain", resume=True)
-    for seconds in (1.0, 2.0):
-        summary = {"settings": {"preset": "demo", "seed": 0, "pretrain_steps": None}, "seconds": {"pretrain": seconds}}
-        chain.write_summary(config, summary)
-        assert chain.start_summary(config) == summary
 
 
 def test_a_rename_that_fails_for_another_reason_leaves_the_last_checkpoint(tmp_path, monkeypatch):

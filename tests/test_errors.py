@@ -55,7 +55,7 @@ def test_what_the_machine_refuses_is_one_line(capsys):
     [
         (Config(discount=float("nan")), "--discount cannot be nan"),
         (Config(share=(0.5, float("inf"))), "--share cannot be inf"),
-        (Config(weights=Inner(float("-inf"))), "--weights.fallen cannot be -inf"),
+        (Config(weights=Inner(float("-inf"))), "--fallen cannot be -inf"),
         (Config(seed=2**62), "--seed has more digits"),
         (Config(steps=-(10**5000)), "--steps has more digits"),
     ],

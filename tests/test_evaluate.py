@@ -14,11 +14,13 @@ import evaluate
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, scene, twin
-from booster_soccer.envs.official import EpisodeResult
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.rollout import scores
+from booster_soccer.rollout.lanes import OfficialLanes, TwinLanes
+from booster_soccer.rollout.play import Episode, EpisodeResult, hold_default_pose, play
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking import score_report
+from booster_soccer.tracking import report
 
 REPO = Path(evaluate.__file__).parent
 
@@ -32,11 +34,11 @@ def episode(task: str, seed: int, score: float, **changes) -> EpisodeResult:
 
 
 @pytest.fixture
-def play(monkeypatch):
+def made_up(monkeypatch):
     """Replaces the environments: scores 0, 1, 2, ... within each task; records what was asked for."""
     asked = []
 
-    def run_episodes(policy, episodes, start_noise_rad, workers, progress):
+    def play_in_workers(backend, policy, episodes, start_noise_rad, workers, progress):
         asked.extend(episodes)
         counts = dict.fromkeys(c.TASKS, 0)
         results = []
@@ -47,15 +49,15 @@ def play(monkeypatch):
             results.append(episode(task, seed, float(i), **fields))
         return list(progress(iter(results)))
 
-    monkeypatch.setattr(evaluate, "player", lambda name: run_episodes)
+    monkeypatch.setattr(scores, "play_in_workers", play_in_workers)
     return asked
 
 
 # --- arithmetic -------------------------------------------------------------------------------------
 
 
-def test_means_rates_and_deviation_by_hand(play):
-    result = evaluate.evaluate(None, episodes=4, start_noise_rad=0.02)
+def test_means_rates_and_deviation_by_hand(made_up):
+    result = scores.evaluate(None, episodes=4, start_noise_rad=0.02)
     for task in c.TASKS:
         of_task = result["tasks"][task]
         assert of_task["episodes"] == of_task["distinct_episodes"] == 4
@@ -70,8 +72,8 @@ def test_means_rates_and_deviation_by_hand(play):
     assert result["mean"] == 1.5
 
 
-def test_the_mean_weighs_the_tasks_equally_though_the_goalie_plays_once(play):
-    result = evaluate.evaluate(None, episodes=3)
+def test_the_mean_weighs_the_tasks_equally_though_the_goalie_plays_once(made_up):
+    result = scores.evaluate(None, episodes=3)
     assert result["tasks"]["goalie"]["distinct_episodes"] == 1
     assert result["tasks"]["goalie"]["episodes"] == 3
     assert result["tasks"]["goalie"]["std"] == 0.0
@@ -80,15 +82,15 @@ def test_the_mean_weighs_the_tasks_equally_though_the_goalie_plays_once(play):
     assert result["tasks"]["target"]["ci95"] == [0.0, 2.0]  # of 0, 1, 2: each alone in 1 of 27 resamples
 
 
-def test_every_task_plays_the_platforms_seeds(play):
-    evaluate.evaluate(None, episodes=3, seed=7, start_noise_rad=0.02)
+def test_every_task_plays_the_platforms_seeds(made_up):
+    scores.evaluate(None, episodes=3, seed=7, start_noise_rad=0.02)
     seeds = [official.match_seed(7, i) for i in range(3)]
-    assert play == [(task, seed) for task in c.TASKS for seed in seeds]
+    assert made_up == [(task, seed) for task in c.TASKS for seed in seeds]
 
 
-def test_the_interval_is_that_of_the_mean(play):
+def test_the_interval_is_that_of_the_mean(made_up):
     """Of many episodes the bootstrap meets mean +- 1.96 standard errors."""
-    result = evaluate.evaluate(None, episodes=200, start_noise_rad=0.02)
+    result = scores.evaluate(None, episodes=200, start_noise_rad=0.02)
     of_task = result["tasks"]["target"]
     half_width = 1.96 * of_task["std"] / np.sqrt(200)
     low, high = of_task["ci95"]
@@ -99,14 +101,14 @@ def test_the_interval_is_that_of_the_mean(play):
 
 def test_the_interval_of_the_mean_knows_that_tasks_share_their_starts():
     """Scores that cancel start by start leave the mean of the tasks without spread."""
-    scores = np.random.default_rng(1).normal(size=100)
-    means = evaluate._resampled_means([scores, -scores, np.zeros(100)])
+    of_task = np.random.default_rng(1).normal(size=100)
+    means = scores._resampled_means([of_task, -of_task, np.zeros(100)])
     assert np.ptp(means[0]) > 0.3
     assert np.ptp(means.mean(axis=0)) < 1e-12
 
 
-def test_the_table_names_what_stands_for_identical_episodes(play, capsys):
-    evaluate.print_result(evaluate.evaluate(None, episodes=3), "made up")
+def test_the_table_names_what_stands_for_identical_episodes(made_up, capsys):
+    report.print_result(scores.evaluate(None, episodes=3), "made up")
     shown = capsys.readouterr().out
     assert "goalie: without start noise every seed gives the same episode" in shown
     assert "stands for 3" in shown
@@ -116,7 +118,7 @@ def test_the_table_names_what_stands_for_identical_episodes(play, capsys):
 def test_how_an_episode_ended_in_a_word():
     def word(task="goalie", terms=None, **changes):
         result = episode(task, 0, 0.0, **({"steps": 300} | changes))
-        return evaluate.ending(dataclasses.replace(result, terms=terms or {}))
+        return scores.ending(dataclasses.replace(result, terms=terms or {}))
 
     assert word(success=True) == "success"
     assert word(success=True, terms={"ball_blocked": -0.5, "offside": -0.0}) == "success+blocked"
@@ -128,7 +130,7 @@ def test_how_an_episode_ended_in_a_word():
 
 def test_spreads_by_hand():
     def spread(name, values):
-        return evaluate._spread([episode("target", 0, 0.0, **{name: value}) for value in values], name)
+        return scores._spread([episode("target", 0, 0.0, **{name: value}) for value in values], name)
 
     assert spread("shot_speed_m_s", [1.0, None, 4.0]) == {"n": 2, "mean": 2.5, "std": pytest.approx(4.5**0.5)}
     assert spread("shot_speed_m_s", [None]) == {"n": 0, "mean": None, "std": None}
@@ -139,18 +141,18 @@ def test_spreads_by_hand():
     assert spread("shot_direction_deg", [90.0, -90.0])["std"] > 300.0  # no direction at all
 
 
-def test_worst_episodes_and_the_command_that_plays_one_again(play, capsys):
+def test_worst_episodes_and_the_command_that_plays_one_again(made_up, capsys):
     evaluate.main(evaluate.Config(policy="hold", episodes=7, start_noise=0.02, seed=1))
     shown = capsys.readouterr().out
     listed = [line.split() for line in shown[shown.index("Worst episodes") :].splitlines()]
     of_target = [row for row in listed if row[:1] == ["target"]]
-    seeds = [official.match_seed(1, i) for i in range(score_report.WORST)]  # the fixture's scores rise
+    seeds = [official.match_seed(1, i) for i in range(report.WORST)]  # the fixture's scores rise
     assert [row[1:3] for row in of_target] == [[str(seed), f"+{i}.00"] for i, seed in enumerate(seeds)]
     command = f"evaluate.py --policy hold --only target:{seeds[0]} --start-noise 0.02"
     assert command in shown
 
 
-def test_the_plot_is_written(play, tmp_path, capsys):
+def test_the_plot_is_written(made_up, tmp_path, capsys):
     file = tmp_path / "plots" / "scores.png"
     evaluate.main(evaluate.Config(policy="zero", episodes=5, plot=file))  # the goalie has one score only
     assert file.read_bytes().startswith(b"\x89PNG") and str(file) in capsys.readouterr().out
@@ -185,13 +187,10 @@ def test_what_is_said_about_the_ball_by_hand():
     end = official.Ball(pos, np.array([-2.0, 0.0, 0.0]), pos + up, np.array([-4.0, 0.0, 0.0]))
     shot = end._replace(centre_vel_w=np.array([-3.0, 0.0, 4.0]))
     aim = pos + [-1.0, -1.0, 0.0]  # the shot passes it on the right
-    of_goalie = official.ball_quantities("goalie", shot, end, aim)
-    assert of_goalie == pytest.approx(
-        {"shot_speed_m_s": 5.0, "shot_direction_deg": -45.0, "roll_phase_deg": 180.0, "roll_score": 3.0}
-    )
-    assert official.ball_quantities("target", shot, end, aim)["roll_score"] == 0.0
+    found = official.ball_quantities(shot, end, aim)
+    assert found == pytest.approx({"shot_speed_m_s": 5.0, "shot_direction_deg": -45.0, "roll_phase_deg": 180.0})
     still = end._replace(centre_vel_w=np.array([-0.04, 0.0, 0.0]))
-    untouched = official.ball_quantities("goalie", None, still, aim)
+    untouched = official.ball_quantities(None, still, aim)
     assert untouched["shot_speed_m_s"] is untouched["shot_direction_deg"] is untouched["roll_phase_deg"] is None
 
 
@@ -225,10 +224,9 @@ def thrown_balls(monkeypatch):
 
 @pytest.mark.parametrize("task", c.TASKS)
 def test_both_backends_say_the_same_about_a_ball_that_was_played(task, thrown_balls):
-    seeds = [1, 2, 3]
-    env = official.make(task)
-    expected = [official.run_episode(env, task, official.hold_default_pose, seed, 0.02) for seed in seeds]
-    assert twin.run_task(task, official.hold_default_pose, seeds, 0.02) == expected
+    episodes = [Episode(task, seed) for seed in (1, 2, 3)]
+    expected = list(play(OfficialLanes(task), hold_default_pose, episodes, 0.02))
+    assert list(play(TwinLanes(task, 3), hold_default_pose, episodes, 0.02)) == expected
     for result in expected:
         assert result.touches > 0 and result.shot_speed_m_s > 0.0 and abs(result.shot_direction_deg) <= 180.0
     assert any(result.ball_speed_centre_m_s != result.shot_speed_m_s for result in expected)  # was released
@@ -242,15 +240,14 @@ def test_both_backends_say_the_same_about_a_ball_that_was_played(task, thrown_ba
 
 
 def test_numbers_depend_neither_on_workers_nor_on_the_backend_and_one_episode_can_be_played_again(capsys):
-    policy = official.reference_policy("hold")
+    policy = hold_default_pose
     one, three, in_twin = (
-        evaluate.evaluate(policy, 2, seed=3, start_noise_rad=0.02, backend=backend, workers=workers)
+        scores.evaluate(policy, 2, seed=3, start_noise_rad=0.02, backend=backend, workers=workers)
         for backend, workers in (("official", 1), ("official", 3), ("twin", 1))
     )
     assert one == three
     assert one == in_twin | {"backend": "official"}
-    env = official.make("target")
-    here = official.run_episode(env, "target", official.hold_default_pose, official.match_seed(3, 1), 0.02)
+    [here] = play(OfficialLanes("target"), hold_default_pose, [Episode("target", official.match_seed(3, 1))], 0.02)
     row = one["tasks"]["target"]["results"][1]
     assert row["score"] == here.score
 
@@ -328,14 +325,14 @@ def nan_policy(obs):
 
 
 def test_a_policy_that_returns_nan_is_told_from_the_workers():
-    with pytest.raises(UserError, match="NaN or infinity in task 'goalie'.*earlier checkpoint"):
-        evaluate.evaluate(nan_policy, episodes=1, workers=2)
+    with pytest.raises(UserError, match="NaN or infinity in task '(goalie|obstacle)'.*earlier checkpoint"):
+        scores.evaluate(nan_policy, episodes=1, workers=2)
 
 
 # --- bad input --------------------------------------------------------------------------------------
 
 
-def test_bad_input_is_told_before_anything_runs(play, tmp_path):
+def test_bad_input_is_told_before_anything_runs(made_up, tmp_path):
     def refused(match, **config):
         with pytest.raises(UserError, match=match):
             evaluate.main(evaluate.Config(**config))
@@ -355,21 +352,30 @@ def test_bad_input_is_told_before_anything_runs(play, tmp_path):
     refused("cannot write .*file/score.json: .*name another", policy="zero", json=tmp_path / "file/score.json")
     refused("cannot write .*: File name too long", policy="zero", plot=tmp_path / f"{'x' * 300}.png")
     refused("nowhere", checkpoint=tmp_path / "nowhere")
-    assert play == []
+    assert made_up == []
 
 
-def test_an_existing_file_is_not_overwritten(play, tmp_path):
+def test_an_existing_file_is_not_overwritten(made_up, tmp_path):
     file = tmp_path / "score.json"
     file.write_text("mine")
     with pytest.raises(UserError, match="score.json exists and is not overwritten"):
         evaluate.main(evaluate.Config(policy="zero", json=file))
     assert file.read_text() == "mine"
-    assert play == []
+    assert made_up == []
 
 
-def test_a_missing_backend_is_named():
-    with pytest.raises(UserError, match="no backend 'crystal_ball'.*use --backend official"):
-        evaluate.evaluate(None, backend="crystal_ball")
+@pytest.mark.parametrize("name", ["pretraining", "crystal_ball", "../twin"])
+def test_an_unknown_backend_is_refused_with_the_choices(name):
+    with pytest.raises(UserError, match=f"no backend '{name}': choose one of official, twin, scene$"):
+        scores.evaluate(None, backend=name)
+
+
+def test_nothing_but_the_result_is_written_where_nobody_looks(tmp_path):
+    """No progress bar in a file."""
+    command = [sys.executable, "evaluate.py", "--policy", "zero", "--episodes", "1", "--backend", "twin"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert run.returncode == 0 and "Official score: zero" in run.stdout
+    assert run.stderr == ""
 
 
 def test_the_command_line_ends_with_status_2_and_one_line():

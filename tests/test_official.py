@@ -1,6 +1,8 @@
 """The official environments as we run them, against the bare environments and values worked out by hand."""
 
 import dataclasses
+import hashlib
+import hmac
 import math
 
 import gymnasium as gym
@@ -12,12 +14,19 @@ from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rewards.official import score_terms
+from booster_soccer.rewards.official import WEIGHTS, score_terms
+from booster_soccer.rollout.lanes import OfficialLanes
+from booster_soccer.rollout.play import Episode, EpisodeResult, Policy, play, reference_policy
 
 
 @pytest.fixture(scope="module")
 def envs():
     return {task: official.make(task) for task in c.TASKS}
+
+
+def run_episode(env, task: str, policy: Policy, seed: int, start_noise_rad=0.0, hold_steps=10) -> EpisodeResult:
+    [result] = play(OfficialLanes(task, env, hold_steps), policy, [Episode(task, seed)], start_noise_rad)
+    return result
 
 
 def physics(env):
@@ -47,20 +56,22 @@ def play_ball(env, centre_w, velocity_w):
 # --- environment, seeds, start ----------------------------------------------------------------------
 
 
-def test_task_one_hot_is_in_info_on_reset_and_step(envs):
-    for i, task in enumerate(("goalie", "obstacle", "target")):
-        _, info = envs[task].reset(seed=1)
-        *_, info_after_step = envs[task].step(np.zeros(12))
-        for one_hot in (info["task_index"], info_after_step["task_index"]):
-            assert one_hot.dtype == np.float32
-            assert one_hot.tolist() == [float(i == 0), float(i == 1), float(i == 2)]
+@pytest.mark.parametrize(
+    ("task", "one_hot"), [("goalie", [1.0, 0.0, 0.0]), ("obstacle", [0.0, 1.0, 0.0]), ("target", [0.0, 0.0, 1.0])]
+)
+def test_task_one_hot_is_in_info_on_reset_and_step(envs, task, one_hot):
+    _, info = envs[task].reset(seed=1)
+    *_, info_after_step = envs[task].step(np.zeros(12))
+    for found in (info["task_index"], info_after_step["task_index"]):
+        assert found.dtype == np.float32 and found.tolist() == one_hot
 
 
-def test_match_seed_is_the_platforms():
-    from sai_rl.benchmark.seed import get_match_seed
-
-    assert [official.match_seed(7, i) for i in range(5)] == [get_match_seed(7, i) for i in range(5)]
-    # Pinned, so that another version of the platform's package is noticed.
+def test_match_seeds_are_derived_as_the_platform_does():
+    """HMAC-SHA-256 by hand (extract and expand, as of RFC 5869), and two numbers that its package once gave."""
+    for master, index in ((0, 0), (7, 3), (2**64 - 1, 99)):
+        key = hmac.new(bytes(32), master.to_bytes(32, "big"), hashlib.sha256).digest()
+        drawn = hmac.new(key, index.to_bytes(8, "big") + b"\x01", hashlib.sha256).digest()
+        assert official.match_seed(master, index) == int.from_bytes(drawn[:8], "big")
     assert official.match_seed(1, 1) == 17601251312311990324
     assert official.match_seed(1, 2) == 6862948550870928247
 
@@ -107,8 +118,8 @@ def test_start_noise_has_the_asked_spread_and_its_own_stream():
 
 
 def test_baselines_fall_when_measured_before(envs):
-    zero = official.run_episode(envs["goalie"], "goalie", official.reference_policy("zero"), seed=1)
-    hold = official.run_episode(envs["goalie"], "goalie", official.reference_policy("hold"), seed=1)
+    zero = run_episode(envs["goalie"], "goalie", reference_policy("zero"), seed=1)
+    hold = run_episode(envs["goalie"], "goalie", reference_policy("hold"), seed=1)
     assert (zero.steps, hold.steps) == (278, 576)
     assert zero.fell and hold.fell
     assert zero.imu_height_m <= c.FALL_HEIGHT_M
@@ -119,7 +130,7 @@ def test_baselines_fall_when_measured_before(envs):
 
 
 def test_target_baseline_scores_by_the_distance_alone(envs):
-    result = official.run_episode(envs["target"], "target", None, seed=3)
+    result = run_episode(envs["target"], "target", None, seed=3)
     model, data = physics(envs["target"])
     distance = np.linalg.norm(data.site("ball").xpos - data.site("target0").xpos)
     assert result.score == pytest.approx(0.5 * math.exp(-distance) - 0.3)
@@ -127,52 +138,62 @@ def test_target_baseline_scores_by_the_distance_alone(envs):
 
 
 def test_an_episode_depends_on_its_seed_and_noise_only(envs):
-    policy = official.reference_policy("hold")
+    policy = reference_policy("hold")
     for task in ("obstacle", "target"):
-        first = official.run_episode(envs[task], task, policy, seed=11, start_noise_rad=0.02)
-        official.run_episode(envs[task], task, None, seed=12)
-        again = official.run_episode(envs[task], task, policy, seed=11, start_noise_rad=0.02)
-        fresh = official.run_episode(official.make(task), task, policy, seed=11, start_noise_rad=0.02)
+        first = run_episode(envs[task], task, policy, seed=11, start_noise_rad=0.02)
+        run_episode(envs[task], task, None, seed=12)
+        again = run_episode(envs[task], task, policy, seed=11, start_noise_rad=0.02)
+        fresh = run_episode(official.make(task), task, policy, seed=11, start_noise_rad=0.02)
         assert first == again == fresh
-        assert first != official.run_episode(envs[task], task, policy, seed=11)
+        assert first != run_episode(envs[task], task, policy, seed=11)
 
 
 def test_goalie_is_one_episode_whatever_the_seed_until_the_start_is_noisy(envs):
-    env, policy = envs["goalie"], official.reference_policy("hold")
-    results = [official.run_episode(env, "goalie", policy, seed) for seed in (1, 2)]
+    env, policy = envs["goalie"], reference_policy("hold")
+    results = [run_episode(env, "goalie", policy, seed) for seed in (1, 2)]
     assert dataclasses.replace(results[0], seed=2) == results[1]
-    noisy = [official.run_episode(env, "goalie", policy, seed, start_noise_rad=0.02) for seed in (1, 2)]
+    noisy = [run_episode(env, "goalie", policy, seed, start_noise_rad=0.02) for seed in (1, 2)]
     assert noisy[0].score != noisy[1].score
 
 
-def test_held_control_against_a_loop_written_out(envs):
-    """A loop over the bare environment gives the same episode."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(0.0, 0.02, (87, 12)).astype(np.float32)
+@pytest.mark.parametrize("task", c.TASKS)
+def test_an_episode_against_a_loop_written_out(envs, task):
+    """Every number that the bare environment can give, with control, score and path by hand."""
+    weights = np.random.default_rng(0).normal(0.0, 0.02, (87, 12)).astype(np.float32)
 
     def policy(obs):
         assert obs.shape == (87,) and obs.dtype == np.float32
         return np.tanh(obs @ weights)
 
-    env = gym.make("LowerT1KickToTarget-v0")
+    env = gym.make(c.GYM_ID[task])
     obs, info = env.reset(seed=9)
-    steps, terminated, truncated = 0, False, False
-    while not (terminated or truncated):
-        info["task_index"] = np.array([0.0, 0.0, 1.0], dtype=np.float32)
+    base, (_, data) = env.unwrapped, physics(env)
+    one_hot = np.eye(3, dtype=np.float32)[c.TASKS.index(task)]
+    path, distances = [data.site("robot_0:imu").xpos.copy()], []
+    steps, ended = 0, False
+    while not ended:
         if steps % 10 == 0:
-            action = policy(Preprocessor().modify_state(obs, info)[0])
+            path.append(data.site("robot_0:imu").xpos.copy())
+            distances.append(np.linalg.norm((path[-1] - data.geom("ball").xpos)[:2]))
+            action = policy(Preprocessor().modify_state(obs, info | {"task_index": one_hot})[0])
         obs, _, terminated, truncated, info = env.step(pd.platform_torque_nm(action, obs[:12], obs[12:24]))
-        steps += 1
-    score = sum(score_terms("target", env.unwrapped.compute_reward()).values())
+        steps, ended = steps + 1, terminated or truncated
+    path.append(data.site("robot_0:imu").xpos.copy())
+    raw = base.compute_reward() | {"steps": 1.0}
 
-    result = official.run_episode(envs["target"], "target", policy, seed=9)
-    assert (result.steps, result.score) == (steps, score)
-    assert official.run_episode(envs["target"], "target", policy, seed=9, hold=1).score != score
+    result = run_episode(envs[task], task, policy, seed=9)
+    assert result.steps == steps and result.fell == (path[-1][2] <= 0.4) and not result.success
+    assert result.touches == (0 if task == "target" else base.ball_hits_by_robot)  # there it never gets near
+    assert result.score == pytest.approx(sum(weight * raw.get(name, 0) for name, weight in WEIGHTS[task].items()))
+    assert result.walked_m == pytest.approx(np.linalg.norm(np.diff(np.array(path)[:, :2], axis=0), axis=1).sum())
+    assert result.ball_distance_min_m == pytest.approx(min(distances), abs=0.02)  # the last instant may be nearer
+    assert result.imu_height_m == path[-1][2] and result.ball_height_max_m == pytest.approx(0.12, abs=0.02)
+    assert run_episode(envs[task], task, policy, seed=9, hold_steps=1).score != result.score
 
 
 def test_walked_distance_and_ball_distance_of_a_falling_robot(envs):
     """Without torque the robot, 2 m behind the ball, sinks and moves by decimetres."""
-    result = official.run_episode(envs["goalie"], "goalie", None, seed=1)
+    result = run_episode(envs["goalie"], "goalie", None, seed=1)
     assert 0.1 < result.walked_m < 0.3
     assert 2.0 - 0.3 < result.ball_distance_min_m < 2.0
     assert result.ball_speed_site_m_s < 1e-3 and result.ball_speed_centre_m_s < 1e-3
@@ -192,7 +213,7 @@ def test_touches_are_those_of_the_environment(envs, monkeypatch):
 
     monkeypatch.setattr(official, "reset", reset_with_ball_at_the_feet)
     env = envs["goalie"]
-    result = official.run_episode(env, "goalie", official.reference_policy("hold"), seed=1)
+    result = run_episode(env, "goalie", reference_policy("hold"), seed=1)
     assert result.touches == env.unwrapped.ball_hits_by_robot >= 1
     assert result.terms["robot_distance_ball"] == 0.25 * 1.5
     assert result.terms["ball_hits"] == pytest.approx(-0.2 * math.log(result.touches))
@@ -270,12 +291,14 @@ def test_asking_for_the_reward_again_does_not_count_a_touch(envs):
 def test_bad_input_is_told_in_one_line(envs):
     with pytest.raises(UserError, match="unknown task 'rugby'.*goalie, obstacle, target"):
         official.make("rugby")
+    with pytest.raises(UserError, match="no lane plays task 'target', only goalie"):
+        list(play(OfficialLanes("goalie", envs["goalie"]), None, [Episode("target", 1)]))
     with pytest.raises(UserError, match="unknown reference policy 'walk'.*zero, hold"):
-        official.reference_policy("walk")
+        reference_policy("walk")
     with pytest.raises(UserError, match="NaN.*task 'goalie', seed 4, physics step 0"):
-        official.run_episode(envs["goalie"], "goalie", lambda obs: np.full(12, np.nan), seed=4)
+        run_episode(envs["goalie"], "goalie", lambda obs: np.full(12, np.nan), seed=4)
     with pytest.raises(UserError, match=r"shape \(24,\) instead of \(12,\)"):
-        official.run_episode(envs["goalie"], "goalie", lambda obs: np.zeros(24), seed=4)
+        run_episode(envs["goalie"], "goalie", lambda obs: np.zeros(24), seed=4)
 
 
 def test_another_mujoco_is_refused(monkeypatch):

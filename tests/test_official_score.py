@@ -2,10 +2,12 @@
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from booster_soccer.envs import constants as c
-from booster_soccer.rewards.official import WEIGHTS, score_terms
+from booster_soccer.rewards.official import WEIGHTS, official_score, score_terms
 
 # What `compute_reward()` of a penalty kick gives after one touch, the ball at rest, nothing else happened.
 PENALTY = {
@@ -97,3 +99,17 @@ class TestKickToTarget:
 def test_every_weighted_term_is_returned_even_if_the_environment_does_not_report_it():
     for task in c.TASKS:
         assert set(score_terms(task, {})) == set(WEIGHTS[task])
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+def test_the_score_of_many_lanes_is_that_of_each(xp):
+    rng = np.random.default_rng(0)
+    names = sorted({name for weights in WEIGHTS.values() for name in weights})
+    raw = {name: rng.normal(size=(4, 6)).astype(np.float32) for name in names} | {"steps": np.ones((4, 6), np.float32)}
+    task = rng.integers(0, c.NUM_TASKS, (4, 6))
+    expected = [
+        sum(score_terms(c.TASKS[task[at]], {name: values[at] for name, values in raw.items()}).values())
+        for at in np.ndindex(4, 6)
+    ]
+    found = official_score({name: xp.asarray(values) for name, values in raw.items()}, xp.asarray(task), xp)
+    np.testing.assert_allclose(np.ravel(found), expected, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """The committed scene is what the script writes, and its numbers are the official model's."""
 
+from pathlib import Path
+
 import mujoco
 import numpy as np
 import pytest
@@ -199,5 +201,5 @@ def test_another_mujoco_is_refused(version):
 
 
 def test_the_pinned_mujoco_is_accepted():
-    assert "mujoco==3.3.7\n" in (scene.SCENE_PATH.parents[1] / "constraints.txt").read_text()
+    assert "mujoco==3.3.7\n" in (Path(__file__).parents[1] / "constraints.txt").read_text()
     scene.check_mujoco_version("3.3.7")

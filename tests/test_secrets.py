@@ -1,4 +1,4 @@
-"""The short cut of `benchmarks/secrets_search.py`, and whether its search finds a key that is there."""
+"""The short cut of `tests/long/secrets_search.py`, and whether its search finds a key that is there."""
 
 import base64
 import gzip
@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from benchmarks import secrets_search
+from tests.long import secrets_search
 
 NAME, KEY = next(iter(secrets_search.KEYS.items()))
 
@@ -40,20 +40,19 @@ def test_the_search_finds_a_key(tmp_path, content):
     (tmp_path / "deep" / "file").write_bytes(
         b"before" + content if content[:2] not in (b"\x1f\x8b", b"PK") else content
     )
-    found, count, _ = secrets_search.in_files(tmp_path)
-    assert count == 1 and NAME in found[0]
+    assert NAME in secrets_search.in_files(tmp_path)[0]
 
 
 def test_the_search_finds_a_key_in_a_name_and_nothing_where_none_is(tmp_path):
     (tmp_path / "file").write_bytes(b"SAI_API_KEY is set" + bytes(1000))
-    assert secrets_search.in_files(tmp_path)[0] == []
+    assert secrets_search.in_files(tmp_path) == []
     (tmp_path / KEY.replace("/", "-")).touch()
-    assert secrets_search.in_files(tmp_path)[0] == []
+    assert secrets_search.in_files(tmp_path) == []
     (tmp_path / KEY).parent.mkdir()
     (tmp_path / KEY).touch()
-    assert len(secrets_search.in_files(tmp_path)[0]) >= 1
+    assert len(secrets_search.in_files(tmp_path)) >= 1
 
 
-def test_no_script_tells_a_key():
-    """Scripts that run and scripts that fail; the whole chain is for the command."""
-    assert secrets_search.main(secrets_search.Config(stages=("evaluate", "mistakes"))) == []
+def test_no_script_tells_a_key(tmp_path):
+    """Scripts that run and scripts that fail; the whole chain is for the drill."""
+    assert secrets_search.run_and_search(tmp_path, ("evaluate", "mistakes")) == []

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from booster_soccer.agents.torch_networks import Actor
 
 import submit
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.agents.submission_model import scripted
-from booster_soccer.agents.torch_networks import Actor
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd
 from booster_soccer.errors import UserError

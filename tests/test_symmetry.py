@@ -81,8 +81,10 @@ def _observation(model, data, ball_y):
     }
     for team in (0, 1):
         goal = c.GOAL_POS_W[team]
-        info |= {f"goal_team_{team}_rel_robot": goal - robot, f"goal_team_{team}_rel_ball": goal - [1.0, ball_y, 0.0],
-                 f"goalkeeper_team_{team}_xpos_rel_robot": zeros, f"goalkeeper_team_{team}_velp_rel_robot": zeros}  # fmt: skip
+        info[f"goal_team_{team}_rel_robot"] = goal - robot
+        info[f"goal_team_{team}_rel_ball"] = goal - [1.0, ball_y, 0.0]
+        info[f"goalkeeper_team_{team}_xpos_rel_robot"] = zeros
+        info[f"goalkeeper_team_{team}_velp_rel_robot"] = zeros
     return observe(data.qpos[a.joint_q], data.qvel[a.joint_v], info, np)
 
 

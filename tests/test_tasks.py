@@ -9,6 +9,7 @@ import pytest
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import scene
 from booster_soccer.envs.pd import torque_nm
+from booster_soccer.envs.situation import Memory
 from booster_soccer.envs.tasks import StartMix, Tasks, TaskState, View
 
 POSITIONS = [f"goal_team_{t}_rel_{x}" for t in (0, 1) for x in ("robot", "ball")] + [
@@ -90,16 +91,13 @@ class OfficialSide:
             target_pos_w=jnp.asarray(target),
             defender_pos_w=jnp.asarray(defenders),
             action_count=jnp.int32(action_count),
-            prev_action=jnp.zeros(12),
             hits=jnp.int32(0),
             in_contact=jnp.array(False),
-            shot_value=jnp.array(0.0),
-            nearest_approach_m=jnp.array(-1.0),
-            nearest_aim_m=jnp.array(-1.0),
+            **Memory.start((), jnp)._asdict(),
         )
 
 
-def _push_ball(side: OfficialSide) -> None:
+def push_ball(side: OfficialSide) -> None:
     """Make the ball roll in a random direction, as a kick leaves it, so that its site turns."""
     q, v = side.address.ball_q, side.address.ball_v
     velocity = np.append(side.rng.normal(0, 1.0, 2), 0.0)
@@ -119,7 +117,7 @@ def test_info_equals_the_official_after_forward(official_envs, tasks, task):
             if not side.act(side.random_target()):
                 break
             if action == 5:
-                _push_ball(side)
+                push_ball(side)
             stepped = side.info
             side.copy_state()
             side.our_data.ctrl[:] = side.data.ctrl[-c.NUM_JOINTS :]
@@ -163,7 +161,7 @@ def test_stepping_reproduces_the_official_lag(official_envs, tasks, task):
     velocity_errors = []
     for action in range(30):
         if action == 3:
-            _push_ball(side)
+            push_ball(side)
         side.copy_state()
         assert side.act(side.random_target(), both=True)
         state = side.task_state(action + 1)

@@ -1,6 +1,6 @@
 """The twin gives the official environments' numbers, to the bit, lane by lane.
 
-A short cut of `benchmarks/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
+A short cut of `tests/long/twin_equality.py` (100 seeds, 5,000 steps), and what a batch adds: lanes that do
 not disturb each other, threads, errors.
 """
 
@@ -12,14 +12,14 @@ import mujoco
 import numpy as np
 import pytest
 
-from benchmarks import twin_equality
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, twin, twin_physics
+from booster_soccer.envs import official, twin, twin_physics, twin_source
 from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
+from tests.long import twin_equality
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gymnasium warns of deprecated versions of these ids
 
@@ -74,7 +74,7 @@ def assert_same_lane(found: twin.Step, lane: int, expected: twin.Step, expected_
 @pytest.mark.parametrize("task", c.TASKS)
 def test_sensors_leave_the_official_model_as_it_is(task):
     official_env(task).reset(seed=0)
-    ours, theirs = twin._source(task).model, official_env(task).unwrapped.sim.model._model
+    ours, theirs = twin_source.load(task).model, official_env(task).unwrapped.sim.model._model
     about_names = ("name_sensoradr", "names", "names_map", "nbuffer", "nnames", "nnames_map", "signature")
     compared = 0
     for field in dir(theirs):
@@ -113,7 +113,7 @@ def test_the_comparison_sees_a_difference_of_one_bit():
     recording = record("target", "zero", 0, max_steps=10)
     recording.info["ball_xpos_rel_robot"][7, 0] = np.nextafter(recording.info["ball_xpos_rel_robot"][7, 0], 9)
     recording.terms["distance"][3] *= 1 + 1e-15
-    report = twin_equality.compare_torque("target", [recording])
+    report = twin_equality.compare("target", "zero", [recording])
     assert set(report.unequal) == {"info ball_xpos_rel_robot", "reward term distance"}
     assert not report.equal
 
@@ -313,7 +313,7 @@ def test_an_error_in_one_thread_waits_for_the_others(monkeypatch):
 
 
 def test_state_that_the_copies_would_miss_is_refused():
-    spec = twin._source("target").env.unwrapped.mjcf_model.copy()
+    spec = twin_source.load("target").env.unwrapped.mjcf_model.copy()
     spec.worldbody.add_body(mocap=True).add_geom(size=[0.1, 0.1, 0.1])
     with pytest.raises(UserError, match="has more state"):
         twin_physics.layout_of(mujoco.MjData(spec.compile()))

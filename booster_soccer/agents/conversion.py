@@ -24,7 +24,7 @@ def convert(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for source in ("critic", "target_critic"):
         for i in range(NUM_CRITICS):
             networks[f"{source}.{i}"] = {name: pair[i] for name, pair in named(arrays, f"{source}.").items()}
-    converted = {}
+    converted: dict[str, np.ndarray] = {}
     for prefix, layers in networks.items():
         first = layers.pop("input.kernel"), layers.pop("input.bias")
         weight, bias = fold_normalizer(*first, arrays["normalizer.mean"], arrays["normalizer.std"])
@@ -110,8 +110,9 @@ def check_conversion(differences: dict[str, float], spread: dict) -> None:
     for name, limit in ACTION_LIMITS.items():
         if not differences[name] <= limit:  # also when it is NaN
             raise UserError(
-                f"actions of JAX and PyTorch in {name} differ by {differences[name]:.1e}, more than {limit:.0e}: nothing "
-                "was written; look at normalizer.std (tiny entries make huge weights), or use the code that trained it"
+                f"actions of JAX and PyTorch in {name} differ by {differences[name]:.1e}, more than {limit:.0e}: "
+                "nothing was written; look at normalizer.std (tiny entries make huge weights), or use "
+                "the code that trained the checkpoint"
             )
     if not spread["inside"]:
         raise UserError(

@@ -1,8 +1,8 @@
 """Deep deterministic policy gradient in PyTorch: networks, losses, update, and the learner's state as arrays.
 
 Lillicrap et al. 2016 (arXiv 1509.02971): a deterministic actor, exploration noise on its actions, target networks.
-Two critics, of which targets take the minimum (Fujimoto et al. 2018, arXiv 1802.09477: a policy that is already good has
-more to lose from overestimates) and the actor's objective the mean. The networks are those of `agents/sac.py` after
+Two critics, of which targets take the minimum (Fujimoto et al. 2018, arXiv 1802.09477: a good policy has more to lose
+from overestimates) and the actor's objective the mean. The networks are those of `agents/sac.py` after
 conversion, the observation normaliser folded into each first layer; the critics see more than the policy
 (`preprocess/privileged.py`). The actor's layers thaw from the last to the first.
 """
@@ -281,11 +281,11 @@ class Ddpg:
                 index, key = path.split(".")
                 entries.setdefault(int(index), {})[key] = torch.as_tensor(value)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for index, entry in entries.items():
-                shape = parameters[index].shape
+            for number, entry in entries.items():
+                shape = parameters[number].shape
                 shapes = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
                 if {key: value.shape for key, value in entry.items()} != shapes:
-                    raise ValueError(f"{name} {index} has other shapes")
+                    raise ValueError(f"{name} {number} has other shapes")
             optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
         return learner
 

@@ -6,6 +6,7 @@ fine-tuned (PyTorch) one: `actor.{input,hidden,output}.{weight,bias}`, weights (
 normaliser folded in.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ class NumpyPolicy(NamedTuple):
         return np.tanh(x @ self.kernels[-1] + self.biases[-1]).astype(np.float32)
 
 
-def policy_from_arrays(arrays: dict[str, np.ndarray]) -> NumpyPolicy:
+def policy_from_arrays(arrays: Mapping[str, np.ndarray]) -> NumpyPolicy:
     """The mean policy from a checkpoint's arrays, of either layout."""
     if "actor.input.kernel" in arrays:
         kernels = [arrays[f"actor.{layer}.kernel"] for layer in LAYERS]

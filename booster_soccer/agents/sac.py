@@ -141,15 +141,16 @@ def _gain() -> np.ndarray:
 GAIN = _gain()
 
 
+_MIN_STD = 0.05  # features that hardly vary must not be blown up
+_MAX_COUNT = 2e6  # then old samples fade, so that the statistics follow the policy
+
+
 class Normalizer(NamedTuple):
     """Running mean and variance of observations (Chan et al. 1979), with a gain for some; no clipping."""
 
     count: jax.Array  # ()
     mean: jax.Array  # (87,)
     squares: jax.Array  # (87,) sum of squared deviations
-
-    MIN_STD = 0.05  # features that hardly vary must not be blown up
-    MAX_COUNT = 2e6  # then old samples fade, so that the statistics follow the policy
 
     @classmethod
     def create(cls) -> "Normalizer":
@@ -158,8 +159,8 @@ class Normalizer(NamedTuple):
 
     @property
     def std(self) -> jax.Array:
-        """Standard deviation (87,), at least MIN_STD."""
-        return jnp.maximum(jnp.sqrt(self.squares / self.count), self.MIN_STD)
+        """Standard deviation (87,), at least 0.05."""
+        return jnp.maximum(jnp.sqrt(self.squares / self.count), _MIN_STD)
 
     @property
     def scale(self) -> jax.Array:
@@ -176,7 +177,7 @@ class Normalizer(NamedTuple):
 
     def update(self, obs: jax.Array) -> "Normalizer":
         """Statistics after a batch (B, 87)."""
-        fade = jnp.minimum(1.0, self.MAX_COUNT / self.count)
+        fade = jnp.minimum(1.0, _MAX_COUNT / self.count)
         count, squares = self.count * fade, self.squares * fade
         batch_count = obs.shape[0]
         batch_mean = obs.mean(0)
@@ -388,7 +389,7 @@ def _toward(average: dict, new: dict, tau: float) -> dict:
 
 def flatten(prefix: str, params: dict) -> dict[str, np.ndarray]:
     """Nested parameters as checkpoint arrays: `prefix.layer.kernel`."""
-    flat = {}
+    flat: dict[str, np.ndarray] = {}
     for name, value in params.items():
         path = f"{prefix}.{name}"
         flat |= flatten(path, value) if isinstance(value, dict) else {path: np.asarray(value)}
@@ -424,7 +425,7 @@ def teachers_from(arrays: Sequence[dict[str, np.ndarray]]) -> Teachers:
 
 def warm_start(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:
     """A fresh learner with another run's networks and normaliser."""
-    std, count = jnp.asarray(arrays["normalizer.std"]) * GAIN, jnp.array(Normalizer.MAX_COUNT)
+    std, count = jnp.asarray(arrays["normalizer.std"]) * GAIN, jnp.array(_MAX_COUNT)
     return state._replace(
         actor=unflatten("actor", arrays),
         policy=unflatten("actor", arrays),

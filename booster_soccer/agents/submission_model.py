@@ -62,7 +62,7 @@ class SubmissionModel(nn.Module):
     def held_targets_rad(self, obs: torch.Tensor, joint_vel_rad_s: torch.Tensor) -> torch.Tensor:
         """Joint targets (B, 12), renewed in the lanes where the old one has served its time."""
         batch = obs.shape[0]
-        if self.age.shape[0] != batch:
+        if self.age.shape[0] != batch:  # type: ignore[has-type]
             self.target_rad = torch.zeros(batch, joint_vel_rad_s.shape[1], device=obs.device)
             self.age = torch.zeros(batch, dtype=torch.int64, device=obs.device)
         first_step = torch.all(joint_vel_rad_s == 0.0, dim=1)

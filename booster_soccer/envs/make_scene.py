@@ -65,8 +65,13 @@ def official_model() -> mujoco.MjModel:
     return model
 
 
-def _fmt(values) -> str:
-    return " ".join(f"{float(v):.12g}" for v in np.atleast_1d(values))
+def _add(parent: ET.Element, tag: str, **attributes) -> ET.Element:
+    """Append an element; numbers are written with twelve digits."""
+
+    def text(value) -> str:
+        return value if isinstance(value, str) else " ".join(f"{float(v):.12g}" for v in np.atleast_1d(value))
+
+    return ET.SubElement(parent, tag, {name: text(value) for name, value in attributes.items()})
 
 
 def _collider(model: mujoco.MjModel, body: str) -> int:
@@ -99,33 +104,24 @@ def _add_pitch_and_below(world: ET.Element, model: mujoco.MjModel) -> None:
     """
     bottom_m, top_m = pitch_heights_m(model)
     half_m = (top_m - bottom_m) / 2
-    unseen = {"rgba": "0 0 0 0"}
-    disc = {"name": "pitch", "type": "cylinder", "pos": _fmt([0.0, 0.0, bottom_m + half_m])}
-    ET.SubElement(world, "geom", disc | {"size": _fmt([PITCH_RADIUS_M, half_m])} | unseen)
-    plane = {"type": "plane", "size": _fmt([PITCH_RADIUS_M, PITCH_RADIUS_M, 1.0])}
+    plane = {"type": "plane", "size": [PITCH_RADIUS_M, PITCH_RADIUS_M, 1.0], "rgba": "0 0 0 0"}
+    _add(world, "geom", name="pitch", type="cylinder", pos=[0.0, 0.0, bottom_m + half_m],
+         size=[PITCH_RADIUS_M, half_m], rgba="0 0 0 0")  # fmt: skip
     for name in LOWER_PLANES:
         geom = model.geom(name)
-        place = {"name": name, "pos": _fmt([0.0, 0.0, geom.pos[2]]), "solimp": _fmt(geom.solimp)}
-        ET.SubElement(world, "geom", place | plane | unseen)
-    ET.SubElement(world, "geom", {"name": "pitch_for_ball", "pos": _fmt([0.0, 0.0, top_m])} | plane | unseen)
+        _add(world, "geom", name=name, pos=[0.0, 0.0, geom.pos[2]], solimp=geom.solimp, **plane)
+    _add(world, "geom", name="pitch_for_ball", pos=[0.0, 0.0, top_m], **plane)
 
 
 def _add_collider(parent: ET.Element, model: mujoco.MjModel, name: str) -> None:
     geom_id = _collider(model, name)
-    kind = mujoco.mjtGeom(model.geom_type[geom_id])
-    attributes = {
-        "name": name,
-        "pos": _fmt(model.geom_pos[geom_id]),
-        "quat": _fmt(model.geom_quat[geom_id]),
-        "mass": "0",
-    }
-    size = model.geom_size[geom_id]
-    if kind == mujoco.mjtGeom.mjGEOM_BOX:
-        attributes |= {"type": "box", "size": _fmt(size)}
-    else:  # cylinder: same radius, end spheres reach the same ends
-        radius, half_length = size[0], size[1]
-        attributes |= {"type": "capsule", "size": _fmt([radius, half_length - radius])}
-    ET.SubElement(parent, "geom", attributes)
+    size, shape = model.geom_size[geom_id], {"type": "box", "size": model.geom_size[geom_id]}
+    if (
+        model.geom_type[geom_id] != mujoco.mjtGeom.mjGEOM_BOX
+    ):  # a cylinder: same radius, end spheres reach the same ends
+        shape = {"type": "capsule", "size": [size[0], size[1] - size[0]]}
+    place = {"pos": model.geom_pos[geom_id], "quat": model.geom_quat[geom_id]}
+    _add(parent, "geom", name=name, **place, mass="0", **shape)
 
 
 def _add_body(parent: ET.Element, model: mujoco.MjModel, body_id: int) -> None:
@@ -134,65 +130,41 @@ def _add_body(parent: ET.Element, model: mujoco.MjModel, body_id: int) -> None:
     is_root = name == "Trunk"
     pos = [0.0, 0.0, c.IMU_START_HEIGHT_M] if is_root else model.body_pos[body_id]
     quat = [1.0, 0.0, 0.0, 0.0] if is_root else model.body_quat[body_id]
-    body = ET.SubElement(parent, "body", {"name": name, "pos": _fmt(pos), "quat": _fmt(quat)})
-    ET.SubElement(
-        body,
-        "inertial",
-        {
-            "pos": _fmt(model.body_ipos[body_id]),
-            "quat": _fmt(model.body_iquat[body_id]),
-            "mass": _fmt(model.body_mass[body_id]),
-            "diaginertia": _fmt(model.body_inertia[body_id]),
-        },
-    )
+    body = _add(parent, "body", name=name, pos=pos, quat=quat)
+    _add(body, "inertial", pos=model.body_ipos[body_id], quat=model.body_iquat[body_id],
+         mass=model.body_mass[body_id], diaginertia=model.body_inertia[body_id])  # fmt: skip
     for joint_id in np.flatnonzero(model.jnt_bodyid == body_id):
         joint_name = model.joint(joint_id).name.removeprefix(ROBOT_PREFIX)
         if model.jnt_type[joint_id] == mujoco.mjtJoint.mjJNT_FREE:
-            ET.SubElement(body, "freejoint", {"name": joint_name})
+            _add(body, "freejoint", name=joint_name)
             continue
-        dof = model.jnt_dofadr[joint_id]
-        ET.SubElement(
-            body,
-            "joint",
-            {
-                "name": joint_name,
-                "axis": _fmt(model.jnt_axis[joint_id]),
-                "range": _fmt(model.jnt_range[joint_id]),
-                "armature": _fmt(model.dof_armature[dof]),
-                "damping": _fmt(model.dof_damping[dof]),
-                "frictionloss": _fmt(model.dof_frictionloss[dof]),
-            },
-        )
+        of_dof = {name: getattr(model, f"dof_{name}")[model.jnt_dofadr[joint_id]]
+                  for name in ("armature", "damping", "frictionloss")}  # fmt: skip
+        _add(body, "joint", name=joint_name, axis=model.jnt_axis[joint_id], range=model.jnt_range[joint_id], **of_dof)
     for site_id in np.flatnonzero(model.site_bodyid == body_id):
         site_name = model.site(site_id).name.removeprefix(ROBOT_PREFIX)
-        ET.SubElement(body, "site", {"name": site_name, "pos": _fmt(model.site_pos[site_id])})
+        _add(body, "site", name=site_name, pos=model.site_pos[site_id])
     if name in ROBOT_COLLIDERS:
         _add_collider(body, model, name)
     for child in np.flatnonzero(model.body_parentid == body_id):
-        _add_body(body, model, child)
+        _add_body(body, model, int(child))
 
 
 def _add_sensors(root: ET.Element) -> None:
-    sensor = ET.SubElement(root, "sensor")
+    sensor = _add(root, "sensor")
+    for tag, name in (("gyro", "gyro_b"), ("velocimeter", "velocimeter_b"), ("accelerometer", "accelerometer_b")):
+        _add(sensor, tag, name=name, site="imu")
 
     def site(tag: str, name: str, site_name: str) -> None:
-        if tag in ("gyro", "velocimeter", "accelerometer"):
-            ET.SubElement(sensor, tag, {"name": name, "site": site_name})
-        else:
-            ET.SubElement(sensor, tag, {"name": name, "objtype": "site", "objname": site_name})
-
-    site("gyro", "gyro_b", "imu")
-    site("velocimeter", "velocimeter_b", "imu")
-    site("accelerometer", "accelerometer_b", "imu")
-    site("framepos", "imu_pos_w", "imu")
-    site("framequat", "imu_quat_wxyz", "imu")
-    site("framepos", "ball_site_pos_w", "ball")
-    site("framequat", "ball_quat_wxyz", "ball")
+        _add(sensor, tag, name=name, objtype="site", objname=site_name)
 
     def contacts(name: str, geom1: str, geom2: str) -> None:
         """Number of contacts; geom against geom, because MJX matches no bodies or subtrees."""
-        ET.SubElement(sensor, "contact", {"name": name, "geom1": geom1, "geom2": geom2, "data": "found"})
+        _add(sensor, "contact", name=name, geom1=geom1, geom2=geom2, data="found")
 
+    for prefix, site_name in (("imu", "imu"), ("ball_site", "ball")):
+        site("framepos", f"{prefix}_pos_w", site_name)
+        site("framequat", f"{site_name}_quat_wxyz", site_name)
     for side in ("left", "right"):
         site("framepos", f"{side}_foot_pos_w", f"{side}_foot")
         site("framelinvel", f"{side}_foot_vel_w", f"{side}_foot")
@@ -201,81 +173,51 @@ def _add_sensors(root: ET.Element) -> None:
         contacts(f"ball_{geom}_contacts", "ball", geom)
 
 
+def _add_goal_and_grass(world: ET.Element, model: mujoco.MjModel) -> None:
+    ground = _add(world, "body", name="ground")
+    for plane, colour in zip(GROUND_PLANES, ("0.13 0.54 0.13 1", "0 0 0 0")):
+        pos = [0.0, 0.0, model.geom(plane).pos[2]]
+        _add(ground, "geom", name=plane, type="plane", pos=pos, size="14 10 1", rgba=colour)
+    for name in ("goal_post_south", "goal_post_north"):
+        _add(world, "site", name=name, pos=model.body(name).pos)
+    # World frame: the goal body is turned about z by pi, the posts' own frames are symmetric under it.
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    for post in POSTS:
+        geom_id, quat = model.geom(post).id, np.zeros(4)
+        mujoco.mju_mat2Quat(quat, data.geom_xmat[geom_id])
+        place = {"pos": data.geom_xpos[geom_id], "quat": quat}
+        _add(world, "geom", name=post, type="cylinder", size=model.geom_size[geom_id][:2], **place)
+
+
+def _add_ball(world: ET.Element, model: mujoco.MjModel) -> None:
+    ball_id, geom = model.body("soccer_ball").id, model.geom("ball")
+    ball = _add(world, "body", name="soccer_ball")
+    _add(ball, "freejoint", name="ball")
+    inertia = {"mass": model.body_mass[ball_id], "diaginertia": model.body_inertia[ball_id]}
+    _add(ball, "inertial", pos=model.body_ipos[ball_id], **inertia)
+    _add(ball, "geom", name="ball", type="sphere", size=geom.size[0], pos=geom.pos, mass="0")
+    _add(ball, "site", name="ball", pos=model.site("ball").pos)
+
+
 def scene_xml(model: mujoco.MjModel) -> str:
     """The MJCF text of our scene, from the official compiled `model`."""
     root = ET.Element("mujoco", {"model": "booster_t1_football"})
     root.append(ET.Comment(" Written by make_scene.py from sai-mujoco 0.1.30; do not edit by hand. "))
-    ET.SubElement(root, "compiler", {"angle": "radian", "autolimits": "true"})
-    ET.SubElement(
-        root, "option", {"timestep": _fmt(model.opt.timestep), "integrator": "implicitfast", "cone": "pyramidal"}
-    )
-    world = ET.SubElement(root, "worldbody")
-    ET.SubElement(world, "light", {"pos": "0 0 6", "dir": "0 0 -1", "directional": "true"})
-
-    ground = ET.SubElement(world, "body", {"name": "ground"})
-    for index, plane in enumerate(GROUND_PLANES):
-        ET.SubElement(
-            ground,
-            "geom",
-            {
-                "name": plane,
-                "type": "plane",
-                "pos": _fmt([0.0, 0.0, model.geom(plane).pos[2]]),
-                "size": "14 10 1",
-                "rgba": "0.13 0.54 0.13 1" if index == 0 else "0 0 0 0",
-            },
-        )
-    for name in ("goal_post_south", "goal_post_north"):
-        ET.SubElement(world, "site", {"name": name, "pos": _fmt(model.body(name).pos)})
-    for post in POSTS:
-        # World frame: the goal body is turned about z by pi, the post's own frame is symmetric under it.
-        data = mujoco.MjData(model)
-        mujoco.mj_kinematics(model, data)
-        geom_id = model.geom(post).id
-        quat = np.zeros(4)
-        mujoco.mju_mat2Quat(quat, data.geom_xmat[geom_id])
-        ET.SubElement(
-            world,
-            "geom",
-            {
-                "name": post,
-                "type": "cylinder",
-                "size": _fmt(model.geom_size[geom_id][:2]),
-                "pos": _fmt(data.geom_xpos[geom_id]),
-                "quat": _fmt(quat),
-            },
-        )
+    _add(root, "compiler", angle="radian", autolimits="true")
+    _add(root, "option", timestep=model.opt.timestep, integrator="implicitfast", cone="pyramidal")
+    world = _add(root, "worldbody")
+    _add(world, "light", pos="0 0 6", dir="0 0 -1", directional="true")
+    _add_goal_and_grass(world, model)
     _add_pitch_and_below(world, model)
-
-    ball_id = model.body("soccer_ball").id
-    ball = ET.SubElement(world, "body", {"name": "soccer_ball"})
-    ET.SubElement(ball, "freejoint", {"name": "ball"})
-    ET.SubElement(
-        ball,
-        "inertial",
-        {
-            "pos": _fmt(model.body_ipos[ball_id]),
-            "mass": _fmt(model.body_mass[ball_id]),
-            "diaginertia": _fmt(model.body_inertia[ball_id]),
-        },
-    )
-    geom = model.geom("ball")
-    ET.SubElement(
-        ball,
-        "geom",
-        {"name": "ball", "type": "sphere", "size": _fmt(geom.size[0]), "pos": _fmt(geom.pos), "mass": "0"},
-    )
-    ET.SubElement(ball, "site", {"name": "ball", "pos": _fmt(model.site("ball").pos)})
-
+    _add_ball(world, model)
     _add_body(world, model, model.body(ROBOT_PREFIX + "Trunk").id)
-
-    actuator = ET.SubElement(root, "actuator")
+    actuator = _add(root, "actuator")
     for joint in c.JOINT_NAMES:
-        ctrl_range = model.actuator(ROBOT_PREFIX + joint).ctrlrange
-        ET.SubElement(actuator, "motor", {"name": joint, "joint": joint, "ctrlrange": _fmt(ctrl_range)})
+        _add(actuator, "motor", name=joint, joint=joint, ctrlrange=model.actuator(ROBOT_PREFIX + joint).ctrlrange)
     _add_sensors(root)
     for element in root.iter("geom"):
-        contype, conaffinity = COLLISION_BITS[element.get("name")]
+        contype, conaffinity = COLLISION_BITS[element.attrib["name"]]
         element.set("contype", str(contype))
         element.set("conaffinity", str(conaffinity))
     ET.indent(root, space="  ")
@@ -283,6 +225,7 @@ def scene_xml(model: mujoco.MjModel) -> str:
 
 
 def main() -> Path:
+    """Write the scene."""
     SCENE_PATH.write_text(scene_xml(official_model()))
     print(f"wrote {SCENE_PATH}")
     return SCENE_PATH

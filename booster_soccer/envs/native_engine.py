@@ -54,7 +54,7 @@ class NativeEngine:
         """Stop the threads."""
         self._pool.close()
 
-    def _model_list(self, lanes: np.ndarray):
+    def _model_list(self, lanes: np.ndarray) -> list[mujoco.MjModel]:
         return self._models if len(self._models) == 1 else [self._models[i] for i in lanes]
 
     def reset(self, lanes: np.ndarray, qpos: np.ndarray, qvel: np.ndarray) -> None:

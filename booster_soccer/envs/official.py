@@ -6,6 +6,7 @@ observed joint state at every 500 Hz step. Nothing in this module imports JAX or
 processes stay small.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -124,65 +125,90 @@ def aim_pos_w(task: str, imu_pos_w: np.ndarray, target_from_imu_w: np.ndarray) -
     return imu_pos_w + target_from_imu_w
 
 
-class OfficialLane:
-    """One official environment at 500 Hz, and what its episode is measured by."""
+class Step(NamedTuple):
+    """What one call brought, each with a leading axis of one lane, as of `envs/twin.py`."""
 
-    def __init__(self, task: str, env: gym.Env | None = None):
+    obs: np.ndarray  # (1, 45 | 54 | 39) float32
+    info: dict[str, np.ndarray]
+    reward_terms: dict[str, np.ndarray]  # raw, of the last physics step
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+
+class OfficialEnv:
+    """One official environment as a batch of one, with the interface of its twin (`envs/twin.py: TwinEnv`)."""
+
+    num_lanes = 1
+
+    def __init__(self, task: str, env: gym.Env | None = None, steps_per_action: int = c.PHYSICS_STEPS_PER_ACTION):
         """`env`: instead of a new one, for example with a wrapper around it."""
         self.env = make(task) if env is None else env
-        self.base = self.env.unwrapped
-        self.obs: np.ndarray  # (45 | 54 | 39,) float32
-        self.info: dict
+        self._base, self._steps_per_action = self.env.unwrapped, steps_per_action
 
-    def reset(self, seed: int, start_noise_rad: float) -> None:
+    def reset(
+        self, seeds: Sequence[int], start_noise_rad: float = 0.0, lanes: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Start an episode."""
-        self.obs, self.info = reset(self.env, seed, start_noise_rad)
-        self._model, self._data = self.base.sim.model._model, self.base.sim.data._data
+        self._obs, self._info = reset(self.env, seeds[0], start_noise_rad)
+        self._model, self._data = self._base.sim.model._model, self._base.sim.data._data
         self._ball_geom = self._model.geom("ball").id
         self._is_robot_geom = np.zeros(self._model.ngeom, dtype=bool)
-        self._is_robot_geom[self.base.robot_geom_ids] = True
-        self.steps = 0  # physics steps played
-        self.touches = 0  # robot-ball contacts, each from first touch to release, as `ball_hits` counts them
-        self.ball_height_max_m = 0.0  # of the centre, after a step
-        self._touching, self._released = False, None
+        self._is_robot_geom[self._base.robot_geom_ids] = True
+        self.steps, self.touches = np.zeros((2, 1), dtype=np.int64)
+        self.ball_height_max_m = np.zeros(1)
+        self.shot = self.ball  # the last one; means nothing before a touch
+        self._touching = False
+        return self._obs[None], _batch(self._info)
 
-    def hold(self, action: np.ndarray | None, num_steps: int) -> tuple[bool, bool]:
-        """Steps with an action (12,) held, None for zero torque, until the episode ends: terminated, truncated."""
-        torque_nm = np.zeros(c.NUM_JOINTS)
+    def step_torque(self, torque_nm: np.ndarray, num_steps: int = 1) -> Step:
+        """Physics steps with joint torques (1, 12) in N m, until the episode ends."""
+        return self._step(lambda: torque_nm[0], num_steps)
+
+    def step_action(self, action: np.ndarray) -> Step:
+        """An action (1, 12) in [-1, 1] held for its physics steps, until the episode ends."""
+        return self._step(
+            lambda: pd.platform_torque_nm(action[0], self._obs[_JOINT_POS], self._obs[_JOINT_VEL]),
+            self._steps_per_action,
+        )
+
+    def _step(self, torque_nm: Callable[[], np.ndarray], num_steps: int) -> Step:
         for _ in range(num_steps):
-            if action is not None:
-                torque_nm = pd.platform_torque_nm(action, self.obs[_JOINT_POS], self.obs[_JOINT_VEL])
-            terminated, truncated = self._step(torque_nm)
+            self._obs, _, terminated, truncated, self._info = self.env.step(torque_nm())
+            self.steps += 1
+            self._note_ball(terminated or truncated)
             if terminated or truncated:
                 break
-        return bool(terminated), bool(truncated)
+        terms, ends = self._info["reward_terms"], (np.array([bool(end)]) for end in (terminated, truncated))
+        return Step(self._obs[None], _batch(self._info), _batch(terms), *ends)
 
-    def _step(self, torque_nm: np.ndarray) -> tuple[bool, bool]:
-        self.obs, _, terminated, truncated, self.info = self.env.step(torque_nm)
-        self.steps += 1
+    def _note_ball(self, ended: bool) -> None:
+        """Keep touches, height, and the last shot: after a release, or at the end if still touched."""
         one, other = self._data.contact.geom.T  # (2, contacts)
         robot, ball = self._is_robot_geom, self._ball_geom
-        was_touching = self._touching
-        self._touching = bool(((robot[one] & (other == ball)) | (robot[other] & (one == ball))).any())
-        self.touches += self._touching and not was_touching
-        if was_touching and not self._touching:
-            self._released = self.ball
-        self.ball_height_max_m = max(self.ball_height_max_m, float(self._data.geom("ball").xpos[2]))
-        return terminated, truncated
+        touching = bool(((robot[one] & (other == ball)) | (robot[other] & (one == ball))).any())
+        self.touches += touching and not self._touching
+        if self._touching and not touching or touching and ended:
+            self.shot = self.ball
+        self._touching = touching
+        self.ball_height_max_m = np.fmax(self.ball_height_max_m, self._data.geom("ball").xpos[2])
 
     @property
     def imu_pos_w(self) -> np.ndarray:
-        """(3,) m, with the official lag."""
-        return self._data.site(self.base._root_site).xpos.copy()
+        """(1, 3) m, with the official lag."""
+        return self._data.site(self._base._root_site).xpos[None]
 
     @property
     def ball(self) -> Ball:
-        """The ball now, each (3,)."""
-        velocities = self.base.sim.data.get_geom_xvelp("ball"), self.base.sim.data.get_site_xvelp("ball")
-        positions = self._data.geom("ball").xpos.copy(), self._data.site("ball").xpos.copy()
-        return Ball(positions[0], velocities[0], positions[1], velocities[1])
+        """The ball now, each (1, 3)."""
+        sim, positions = self._base.sim.data, (self._data.geom("ball").xpos, self._data.site("ball").xpos)
+        vectors_w = positions[0], sim.get_geom_xvelp("ball"), positions[1], sim.get_site_xvelp("ball")
+        return Ball(*(vector_w.copy()[None] for vector_w in vectors_w))
 
-    @property
-    def shot(self) -> Ball | None:
-        """The ball when it was last released: right after the last contact, or now while it is touched."""
-        return self.ball if self._touching else self._released
+    def close(self) -> None:
+        """Give back the environment."""
+        self.env.close()
+
+
+def _batch(values: dict) -> dict[str, np.ndarray]:
+    """Numbers and arrays with a leading axis of one."""
+    return {key: np.asarray(value)[None] for key, value in values.items() if not isinstance(value, dict)}

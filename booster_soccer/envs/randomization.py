@@ -71,7 +71,7 @@ class Randomizer:
         """One robot, ball and ground."""
         level_, nominal = self.level, self.nominal
 
-        def factor(half_range: float, shape=()) -> np.ndarray:
+        def factor(half_range: float, shape: int | tuple[int, ...] = ()) -> np.ndarray:
             return 1.0 + rng.uniform(-half_range, half_range, shape)
 
         mass = factor(level_.mass, len(nominal.body_mass))

@@ -5,11 +5,11 @@
     step = env.step_action(action)        # 50 Hz: ten physics steps, the platform's PD torque at each
     step = env.step_torque(torque_nm)     # 500 Hz: exactly one `env.step` of the platform
 
-Nine tenths of an official step are Python around the physics. Here the official compiled model (taken from
-the installed package at run time, nothing of it is copied) is stepped by MuJoCo itself (`envs/twin_physics.py`), and
-everything around it is computed for all lanes at once. The arithmetic follows the official code operation
-by operation, so the numbers are equal to the bit, not merely close: a robot in contact doubles an error of
-1e-16 often enough in 5,000 steps to change a score (`tests/test_twin.py`).
+Nine tenths of an official step are Python around the physics. Here the official compiled model (taken from the
+installed package at run time, nothing of it is copied: `twin_source.py`) is stepped by MuJoCo itself
+(`twin_physics.py`), and everything around it is computed for all lanes at once. The arithmetic follows the official
+code operation by operation, so the numbers are equal to the bit, not merely close: a robot in contact doubles an
+error of 1e-16 often enough in 5,000 steps to change a score (`tests/test_twin.py`).
 
 * What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
 * Positions, sensors and contacts are those of the state before the last integration, velocities those after
@@ -18,27 +18,19 @@ by operation, so the numbers are equal to the bit, not merely close: a robot in 
   submitted module sees.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import mujoco
 import numpy as np
-from sai_mujoco.utils.v0.rotations import euler2quat
 
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, pd, scene, twin_physics
-from booster_soccer.envs.twin_physics import DrivenJoints, Field, Physics, Sensor, State
+from booster_soccer.envs import official, pd, scene
+from booster_soccer.envs import twin_source as source
+from booster_soccer.envs.twin_physics import State, angular_velocity_w, point_velocity_w
 from booster_soccer.errors import UserError
 
 _SEED_LIMIT = 2**64  # the platform's match seeds are 64-bit
-
-_ROBOT, _BALL = "robot_0:Trunk", "soccer_ball"  # official body names
-_DEFENDERS = tuple(f"defender_geom{i}" for i in range(c.NUM_DEFENDERS))
-_KEEPERS = tuple(f"goalkeeper_team_{team}" for team in (0, 1))
-_TARGET_SITE = {"obstacle": "goalarea_site", "target": "target0"}
-_BLOCKERS = {"goalie": ("goalkeeper_team_0_geom",), "obstacle": _DEFENDERS, "target": ()}
 
 
 class Step(NamedTuple):
@@ -52,72 +44,6 @@ class Step(NamedTuple):
     truncated: np.ndarray  # (B,) bool
 
 
-class _Source(NamedTuple):
-    """What is taken from one official environment, once per task and process."""
-
-    env: official.TaskIndex  # draws the starts, through its own sampling methods
-    model: mujoco.MjModel  # the official compiled model with our sensors
-    start_qpos: np.ndarray  # (nq,) after an official reset
-    goal_pos_w: tuple[np.ndarray, np.ndarray]  # south (team 0) and north (team 1) goal sites
-
-
-def _sensors(task: str) -> list[Sensor]:
-    """Sensors for what the official code reads elsewhere in `MjData`; all names begin with `twin:`."""
-    kind, obj = mujoco.mjtSensor, mujoco.mjtObj
-    sensors = [
-        Sensor("twin:imu_pos", kind.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, "robot_0:imu"),
-        Sensor("twin:ball_pos", kind.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, "ball"),
-        Sensor("twin:ball_centre", kind.mjSENS_FRAMEPOS, obj.mjOBJ_GEOM, "ball"),
-        Sensor("twin:ball_com", kind.mjSENS_SUBTREECOM, obj.mjOBJ_BODY, _BALL),
-    ]
-    for body in (_ROBOT, _BALL):
-        for axis in "XYZ":
-            sensors.append(
-                Sensor(f"twin:{body}_{axis}", getattr(kind, f"mjSENS_FRAME{axis}AXIS"), obj.mjOBJ_XBODY, body)
-            )
-    # XBODY means the whole subtree
-    sensors.append(Sensor("twin:touch", kind.mjSENS_CONTACT, obj.mjOBJ_XBODY, _ROBOT, touching_geom="ball"))
-    for geom in _BLOCKERS[task]:
-        name = f"twin:blocked_{geom}"
-        sensors.append(Sensor(name, kind.mjSENS_CONTACT, obj.mjOBJ_GEOM, geom, touching_geom="ball"))
-    for keeper in _KEEPERS if task == "goalie" else ():
-        sensors.append(Sensor(f"twin:{keeper}_pos", kind.mjSENS_FRAMEPOS, obj.mjOBJ_SITE, f"{keeper}_site"))
-    return sensors
-
-
-def _drawn_fields(task: str) -> list[Field]:
-    """The parts of the model that the official reset draws anew, in the order of `TwinEnv._draw_start`."""
-    fields = [Field("geom", "field_base", "friction")]
-    if task == "obstacle":
-        fields += [Field("geom", name, "pos") for name in _DEFENDERS]
-    if task in _TARGET_SITE:
-        fields.append(Field("site", _TARGET_SITE[task], "pos"))
-    return fields
-
-
-def _keeper_motion(time_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position in m and velocity in m/s of both keepers' joints, which the official code writes every step."""
-    angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * time_s
-    speed = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
-    return c.KEEPER_AMPLITUDE_M * np.sin(angle), speed
-
-
-@functools.cache
-def _source(task: str) -> _Source:
-    """Load the official environment of a task and compile its model with our sensors (about a second)."""
-    env = official.make(task)
-    env.reset(seed=0)
-    base, spec = env.unwrapped, env.unwrapped.mjcf_model
-    data = base.sim.data._data
-    twin_physics.add_sensors(spec, _sensors(task))
-    model = spec.compile()
-    # The official reset writes these into its compiled model (team, friction, defenders, target).
-    for field in ("geom_pos", "geom_friction", "site_pos"):
-        getattr(model, field)[:] = getattr(base.sim.model._model, field)
-    goals = tuple(data.site(f"goal_post_{side}").xpos.copy() for side in ("south", "north"))
-    return _Source(env, model, data.qpos.copy(), goals)
-
-
 class TwinEnv:
     """B lanes of one official task. All methods raise `UserError` for bad input, naming the lane."""
 
@@ -128,20 +54,12 @@ class TwinEnv:
             raise UserError(f"lanes ({num_lanes}) and threads ({num_threads}) must be at least 1")
         scene.check_mujoco_version()
         self.task, self.num_lanes = task, num_lanes
-        self._source = _source(task)
-        model = self._source.model
-        keepers = [f"{keeper}_joint" for keeper in _KEEPERS] if task == "goalie" else []
-        self.physics = Physics(
-            model,
-            num_lanes,
-            num_threads,
-            fields=_drawn_fields(task),
-            actuators=[f"robot_0:{name}" for name in c.JOINT_NAMES],
-            driven=DrivenJoints(tuple(keepers), _keeper_motion) if keepers else None,
-        )
-        self._address = scene.official_addresses(model)
-        self._keeper_v = [int(model.joint(name).dofadr[0]) for name in keepers]
-        self._constants()
+        self._source = source.load(task)
+        self._address = self._source.address
+        self.physics = self._source.physics(num_lanes, num_threads)
+        self._constant_info = {
+            key: np.broadcast_to(value, (num_lanes, *np.shape(value))) for key, value in self._source.info.items()
+        }  # read-only views
 
         self.target_pos_w = np.zeros((num_lanes, 3))  # m: window centre or target; zeros in the goalie task
         self.defender_pos_w = np.zeros((num_lanes, c.NUM_DEFENDERS, 3))  # m; zeros but in the obstacle task
@@ -154,24 +72,6 @@ class TwinEnv:
         self._truncated = np.zeros(num_lanes, dtype=bool)
         self._reward_terms: dict[str, np.ndarray] = {}
         self._was_reset = False
-
-    def _constants(self) -> None:
-        base = self._source.env.unwrapped
-        parameters = base.parameters_dict["env_parameters"]
-        self._field, self._goal = parameters["field"], parameters["goal"]
-        self._reward_weights = base.reward_config
-        same = {
-            "length": self._field["length"],
-            "width": self._field["width"],
-            "goal_width": self._goal["width"],
-            "goal_height": self._goal["height"],
-            "goal_depth": self._goal["depth"],
-            "player_team": np.array([1, 0]),  # team 0
-            "task_index": self._source.env.task_index,
-        }
-        self._constant_info = {
-            key: np.broadcast_to(np.asarray(value), (self.num_lanes, *np.shape(value))) for key, value in same.items()
-        }  # read-only views
 
     def close(self) -> None:
         """End the threads."""
@@ -223,8 +123,7 @@ class TwinEnv:
         """The ball in states (L,); its centre's velocity is the official Jacobian of its geom times qvel."""
         site, com, centre = (state.read(f"twin:ball_{name}") for name in ("pos", "com", "centre"))
         dofs = self._address.ball_v
-        axes_w = twin_physics.axes_w(state, f"twin:{_BALL}_{{}}")
-        centre_vel = twin_physics.point_velocity_w(axes_w, site, com, centre, dofs, state.qvel)
+        centre_vel = point_velocity_w(_axes_w(state, source.BALL), site, com, centre, dofs, state.qvel)
         return official.Ball(centre, centre_vel, site, state.qvel[:, dofs][:, :3])
 
     # --- reset --------------------------------------------------------------------------------------
@@ -257,34 +156,14 @@ class TwinEnv:
         return self._obs(info), info
 
     def _reset_lane(self, lane: int, seed: int, start_noise_rad: float) -> None:
-        qpos, drawn = self._draw_start(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))))
+        qpos, drawn = self._source.draw_start(seed)
         if start_noise_rad > 0.0:
             qpos[self._address.joint_q] += official.start_noise_rad(seed, start_noise_rad)
         data = self.physics.reset(lane, qpos, drawn)
-        if self.task in _TARGET_SITE:
-            self.target_pos_w[lane] = data.site(_TARGET_SITE[self.task]).xpos
+        if self.task in source.TARGET_SITE:
+            self.target_pos_w[lane] = data.site(source.TARGET_SITE[self.task]).xpos
         if self.task == "obstacle":
-            self.defender_pos_w[lane] = [data.geom(name).xpos for name in _DEFENDERS]
-
-    def _draw_start(self, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Start qpos (nq,) and the values of `_drawn_fields`, drawn by the official methods in their order."""
-        base = self._source.env.unwrapped
-        base.np_random = rng
-        friction, _ = base.get_friction_rgba(base.textures)
-        qpos, values = self._source.start_qpos.copy(), [np.array(friction)]
-        if self.task == "obstacle":
-            *slots_y, window_z = base._sample_target()
-            *defenders_y, window_y = slots_y
-            values += [np.array([0.0, y, c.DEFENDER_GEOM_Z_M]) for y in defenders_y]
-            values.append(np.array([0.0, window_y, window_z]))
-        if self.task == "target":
-            robot_xy, yaw = base.sample_robot_pose()
-            ball_q, root_q = qpos[self._address.ball_q], qpos[self._address.root_q]
-            ball_q[:2] = base.sample_ball_position(robot_xy, yaw)
-            root_q[:2], root_q[3:] = robot_xy, euler2quat([0.0, 0.0, yaw])
-            base.sim.data.set_joint_qpos("robot_0:root", root_q)  # where `_sample_target` looks for the robot
-            values.append(base._sample_target())
-        return qpos, values
+            self.defender_pos_w[lane] = [data.geom(name).xpos for name in source.DEFENDERS]
 
     # --- step ---------------------------------------------------------------------------------------
 
@@ -388,9 +267,9 @@ class TwinEnv:
         self, states: State, touches: np.ndarray, target_pos_w: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Raw reward terms and termination (..., L) of states (..., L), in the official key order."""
-        ball, imu = states.read("twin:ball_pos"), states.read("twin:imu_pos")
+        ball, imu, sizes = states.read("twin:ball_pos"), states.read("twin:imu_pos"), self._source.info
         distance = _norm(imu - ball)
-        out = (np.abs(ball[..., 0]) > self._field["length"]) | (np.abs(ball[..., 1]) > self._field["width"])
+        out = (np.abs(ball[..., 0]) > sizes["length"]) | (np.abs(ball[..., 1]) > sizes["width"])
         fallen = ~(imu[..., 2] > c.FALL_HEIGHT_M)
         not_a_number = np.isnan(states.qpos).any(axis=-1) | np.isnan(states.qvel).any(axis=-1)
         success = self._success(ball, target_pos_w)
@@ -403,7 +282,7 @@ class TwinEnv:
             }
             return terms, not_a_number | out | success | fallen
         blocked = np.any(
-            [states.read(f"twin:blocked_{geom}")[..., 0] > 0.0 for geom in _BLOCKERS[self.task]],
+            [states.read(f"twin:blocked_{geom}")[..., 0] > 0.0 for geom in source.BLOCKERS[self.task]],
             axis=0,
         )
         # float32 in the official code, until the first touch
@@ -427,29 +306,25 @@ class TwinEnv:
             return np.linalg.norm(ball - target_pos_w, axis=-1) < c.TARGET_RADIUS_M
         if self.task == "obstacle":
             return _norm(target_pos_w - ball) < c.WINDOW_RADIUS_M
-        x, y, z = self._source.goal_pos_w[0]
+        (x, y, z), sizes = self._source.goal_pos_w[0], self._source.info
         return (
-            (x - self._goal["depth"] <= ball[..., 0])
+            (x - sizes["goal_depth"] <= ball[..., 0])
             & (ball[..., 0] <= x)
-            & (y - self._goal["width"] <= ball[..., 1])
-            & (ball[..., 1] < y + self._goal["width"])
-            & (ball[..., 2] < z + self._goal["height"])
+            & (y - sizes["goal_width"] <= ball[..., 1])
+            & (ball[..., 1] < y + sizes["goal_width"])
+            & (ball[..., 2] < z + sizes["goal_height"])
         )
 
     def _total_reward(self, terms: dict[str, np.ndarray]) -> np.ndarray:
         """The official step reward: weighted terms summed in float32; a term may have no weight."""
         weighted = [
-            (self._reward_weights[name] * values).astype(np.float64)
+            (self._source.reward_weights[name] * values).astype(np.float64)
             for name, values in terms.items()
-            if name in self._reward_weights
+            if name in self._source.reward_weights
         ]
-        return np.sum(np.stack(weighted, axis=-1), axis=-1, dtype=np.float32)
+        return np.asarray(np.sum(np.stack(weighted, axis=-1), axis=-1, dtype=np.float32))
 
     # --- observation --------------------------------------------------------------------------------
-
-    def _angular_velocity_w(self, body: str, dofs: slice) -> np.ndarray:
-        axes_w = twin_physics.axes_w(self.physics.state, f"twin:{body}_{{}}")
-        return twin_physics.angular_velocity_w(axes_w, dofs, self.qvel)
 
     def _info(self) -> dict[str, np.ndarray]:
         """The official `info` of all lanes, with the official one-step lag, and `task_index`.
@@ -457,7 +332,7 @@ class TwinEnv:
         The linear velocity of the ball's and the imu's site is that of its free joint: the sites lie in
         the bodies' origins, so the official Jacobian's lever arm is zero, exactly.
         """
-        read = self.physics.state.read
+        state, read = self.physics.state, self.physics.state.read
         robot, ball = read("twin:imu_pos"), read("twin:ball_pos")
         robot_vel = self.qvel[:, self._address.root_v][:, :3]
         ball_vel = self.ball_site_velocity_w
@@ -470,22 +345,22 @@ class TwinEnv:
             "goal_team_1_rel_ball": north - ball,
             "ball_xpos_rel_robot": ball - robot,
             "ball_velp_rel_robot": ball_vel - robot_vel,
-            "ball_velr_rel_robot": self._angular_velocity_w(_BALL, self._address.ball_v)
-            - self._angular_velocity_w(_ROBOT, self._address.root_v),
+            "ball_velr_rel_robot": angular_velocity_w(_axes_w(state, source.BALL), self._address.ball_v, state.qvel)
+            - angular_velocity_w(_axes_w(state, source.ROBOT), self._address.root_v, state.qvel),
             "robot_accelerometer": read("robot_0:accelerometer").astype(np.float32),
             "robot_gyro": read("robot_0:torso_gyro").astype(np.float32),
             "robot_velocimeter": read("robot_0:torso_vel").astype(np.float32),
             "robot_quat": read("robot_0:torso_quat")[:, [1, 2, 3, 0]].astype(np.float32),  # to x, y, z, w
         }
-        for team, keeper in enumerate(_KEEPERS):
+        for team, keeper in enumerate(source.KEEPERS):
             pos_rel, vel_rel = np.zeros_like(robot), np.zeros_like(robot)  # there is no keeper: zeros
             if self.task == "goalie":
                 pos_rel = read(f"twin:{keeper}_pos") - robot
                 vel_rel = -robot_vel
-                vel_rel[:, 1] += self.qvel[:, self._keeper_v[team]]  # the keeper slides along y
+                vel_rel[:, 1] += self.qvel[:, self.physics.driven_v[team]]  # the keeper slides along y
             info[f"goalkeeper_team_{team}_xpos_rel_robot"] = pos_rel
             info[f"goalkeeper_team_{team}_velp_rel_robot"] = vel_rel
-        has_target = self.task in _TARGET_SITE
+        has_target = self.task in source.TARGET_SITE
         info["target_xpos_rel_robot"] = self.target_pos_w - robot if has_target else np.zeros_like(robot)
         info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
         has_defenders = self.task == "obstacle"
@@ -520,6 +395,11 @@ def _checked_seed(seed: int, lane: int) -> int:
     if not 0 <= seed < _SEED_LIMIT:
         raise UserError(f"the seed of lane {lane} is {seed}: it must lie in [0, 2^64)")
     return seed
+
+
+def _axes_w(state: State, body: str) -> list[np.ndarray]:
+    """X, Y and Z axis of a body, each (..., 3)."""
+    return [state.read(f"twin:{body}_{axis}") for axis in "XYZ"]
 
 
 def _norm(vector: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Many states of one MuJoCo model, stepped by threads as fast as the physics goes; knows no football.
 
 What is particular to the model comes in as data: sensors to add, fields in which the lanes differ, actuators that
-take the controls, joints that follow the time. `envs/twin.py` brings it and makes football of the states.
+take the controls, joints that follow the time. `envs/twin_source.py` brings it, `envs/twin.py` makes football of it.
 
 * A lane is a row of `State`. Each thread owns one model and one `MjData` through which all its lanes pass; so the
   working set stays in the cache (measured: 25,000 physics steps/s on one core, against 17,000 with one `MjData` per
@@ -69,6 +69,7 @@ class Layout(NamedTuple):
     qvel: slice
     ctrl: slice
     size: int  # up to ctrl's end; the solver's warm start and a little padding lie in between
+    sensors_size: int  # of sensordata
     sensors: dict[str, slice]  # of sensordata, by name
 
 
@@ -91,7 +92,7 @@ def layout_of(data: mujoco.MjData) -> Layout:
             f"mujoco {mujoco.__version__} orders an MjData in another way, or the model has more state: "
             "install the pinned versions (constraints.txt), or adapt envs/twin_physics.py"
         )
-    return Layout(qpos, qvel, ctrl, ctrl.stop, scene.sensor_slices(data.model))
+    return Layout(qpos, qvel, ctrl, ctrl.stop, data.sensordata.size, scene.sensor_slices(data.model))
 
 
 def memory_of(data: mujoco.MjData) -> np.ndarray:
@@ -113,9 +114,9 @@ class State:
         self.qpos, self.qvel, self.ctrl = (memory[..., part] for part in layout[:3])
 
     @classmethod
-    def zeros(cls, layout: Layout, sensor_size: int, *shape: int) -> "State":
+    def zeros(cls, layout: Layout, *shape: int) -> "State":
         """All zero, with leading axes of this shape."""
-        return cls(layout, *(np.zeros((*shape, size)) for size in (1, layout.size, sensor_size)))
+        return cls(layout, *(np.zeros((*shape, size)) for size in (1, layout.size, layout.sensors_size)))
 
     def at(self, index) -> "State":
         """The part at an index of the leading axes."""
@@ -186,15 +187,15 @@ class Physics:
         self._workers = [_Worker(copy(model), fields) for _ in range(num_threads)]
         self._pool = ThreadPoolExecutor(num_threads)  # starts its threads only when they are needed
         data = self._workers[0].data
-        self._layout, self._sensor_size, self._zero_pose = layout_of(data), data.sensordata.size, memory_of(data).copy()
+        self._layout, self._zero_pose = layout_of(data), memory_of(data).copy()
         self._actuators = np.array([model.actuator(name).id for name in actuators])
         self._ctrl_low, self._ctrl_high = model.actuator_ctrlrange[self._actuators].T
         self._driven = driven
         if driven:
             self._driven_q = [int(model.joint(name).qposadr[0]) for name in driven.names]
-            self._driven_v = [int(model.joint(name).dofadr[0]) for name in driven.names]
+            self.driven_v = [int(model.joint(name).dofadr[0]) for name in driven.names]
         self.field_values: list[list[memoryview]] = [[]] * num_lanes  # of each lane, in the order of `fields`
-        self.state = State.zeros(self._layout, self._sensor_size, num_lanes)
+        self.state = State.zeros(self._layout, num_lanes)
 
     def close(self) -> None:
         """End the threads."""
@@ -214,7 +215,7 @@ class Physics:
 
         `control_of` gives the controls (L, A) of the actuators from the state before each step.
         """
-        states = State.zeros(self._layout, self._sensor_size, num_steps, len(lanes))
+        states = State.zeros(self._layout, num_steps, len(lanes))
         field_values = [self.field_values[lane] for lane in lanes.tolist()]
         state = self.state.at(lanes)
         for s in range(num_steps):
@@ -241,7 +242,7 @@ class Physics:
         commanded = State(state.layout, state.time.copy(), state.memory.copy(), state.sensors)
         if self._driven:
             position, velocity = self._driven.motion(state.time)
-            commanded.qpos[:, self._driven_q], commanded.qvel[:, self._driven_v] = position, velocity
+            commanded.qpos[:, self._driven_q], commanded.qvel[:, self.driven_v] = position, velocity
         accepted = [(np.abs(values) <= mujoco.mjMAXVAL).all(axis=-1) for values in (commanded.qpos, commanded.qvel)]
         restarted = ~np.logical_and(*accepted)
         commanded.memory[restarted], commanded.time[restarted] = self._zero_pose, 0.0
@@ -252,23 +253,24 @@ class Physics:
 # A free body has six degrees of freedom: the velocity of its origin in the world, then its turning about its axes.
 
 
-def axes_w(state: State, sensor_of_axis: str) -> np.ndarray:
-    """A body's axes (3, ..., 3) in the world, by sensors named with X, Y and Z in the place of `{}`."""
-    return np.stack([state.read(sensor_of_axis.format(axis)) for axis in "XYZ"])
-
-
-def angular_velocity_w(axes_w: np.ndarray, dofs: slice, qvel: np.ndarray) -> np.ndarray:
-    """World angular velocity (L, 3) of a free body with axes (3, L, 3): its rotation Jacobian times qvel (L, nv).
+def angular_velocity_w(axes_w: Sequence[np.ndarray], dofs: slice, qvel: np.ndarray) -> np.ndarray:
+    """World angular velocity (L, 3) of a free body, from its three axes (L, 3): the rotation Jacobian times qvel.
 
     Written as that full product, because BLAS adds in an order of its own.
     """
     jacobian = np.zeros((len(qvel), 3, qvel.shape[1]))
-    jacobian[:, :, dofs.start + 3 : dofs.stop] = np.moveaxis(axes_w, 0, -1)
+    for i, axis_w in enumerate(axes_w):
+        jacobian[:, :, dofs.start + 3 + i] = axis_w
     return _times_qvel(jacobian, qvel)
 
 
 def point_velocity_w(
-    axes_w: np.ndarray, origin_w: np.ndarray, com_w: np.ndarray, point_w: np.ndarray, dofs: slice, qvel: np.ndarray
+    axes_w: Sequence[np.ndarray],
+    origin_w: np.ndarray,
+    com_w: np.ndarray,
+    point_w: np.ndarray,
+    dofs: slice,
+    qvel: np.ndarray,
 ) -> np.ndarray:
     """Velocity (L, 3) of a point of a free body, by MuJoCo's Jacobian: lever arms by way of the centre of mass."""
     jacobian = np.zeros((len(qvel), 3, qvel.shape[1]))

@@ -99,11 +99,11 @@ def to_heading(vector_w, cos, sin, xp):
     return xp.stack([cos * x + sin * y, cos * y - sin * x, vector_w[..., 2]], axis=-1)
 
 
-def observe(joint_pos_rad, joint_vel_rad_s, info: dict, xp):
+def observe(joint_pos_rad, joint_vel_rad_s, info, xp):
     """The observation (..., 87) from joint states (..., 12) and an official-style `info`.
 
-    `info` holds every official key plus `task_index` (..., 3), with one shared batch shape; nothing in it
-    is written to. `robot_quat` is x, y, z, w, as the official environments give it.
+    The dictionary `info` holds every official key plus `task_index` (..., 3), with one shared batch shape;
+    nothing in it is written to. `robot_quat` is x, y, z, w, as the official environments give it.
     """
     # The official quaternion is float32: widened first, NumPy computes in float64 (JAX in what it has).
     quat_wxyz = info["robot_quat"][..., [3, 0, 1, 2]].astype(float)
@@ -115,10 +115,10 @@ def observe(joint_pos_rad, joint_vel_rad_s, info: dict, xp):
     team = info["player_team"]
     is_team_0, is_team_1 = team[..., :1], team[..., 1:]
 
-    def attacked(pattern: str):
+    def attacked(pattern):
         return heading(is_team_0 * info[pattern.format(0)] + is_team_1 * info[pattern.format(1)])
 
-    def own(pattern: str):
+    def own(pattern):
         return heading(is_team_0 * info[pattern.format(1)] + is_team_1 * info[pattern.format(0)])
 
     # Defenders come as absolute positions. The robot's own follows from the goals, which lie opposite each

@@ -29,9 +29,9 @@ def mirror_table(table: tuple[Row, ...]) -> tuple[np.ndarray, np.ndarray]:
         else:
             permutation.append(here)
             vector = _AXIAL if row.name in _AXIAL_ROWS else _POLAR
-            sign.append(np.ones(row.width) if row.frame == "none" else np.tile(vector, row.width // 3))
+            sign.append(np.ones(row.width, np.float32) if row.frame == "none" else np.tile(vector, row.width // 3))
         start += row.width
-    return np.concatenate(permutation), np.concatenate(sign).astype(np.float32)
+    return np.concatenate(permutation), np.concatenate(sign)
 
 
 _OBS_PERMUTATION, _OBS_SIGN = mirror_table(TABLE)

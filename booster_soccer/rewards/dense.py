@@ -61,10 +61,6 @@ def _length(vector, xp):
     return xp.sqrt(xp.sum(vector**2, axis=-1) + 1e-8)
 
 
-def _xyz(vector):
-    return (vector[..., i] for i in range(3))
-
-
 def _aim_from_ball_w(s: Situation, xp):
     """The way (..., 2) of the ball to where it should go: the goal's centre in penalty kicks, else the target."""
     aim_w = xp.where((s.task == c.TARGET)[..., None], s.target_pos_w, xp.asarray(c.GOAL_POS_W[0]))
@@ -73,8 +69,8 @@ def _aim_from_ball_w(s: Situation, xp):
 
 def penalty_shot_value(s: Situation, xp):
     """Expected score (...) of the ball's motion in a penalty kick: 1.5 per m/s, and where it will arrive."""
-    x, y, z = _xyz(s.ball_center_pos_w)
-    vx, vy, vz = _xyz(s.ball_center_vel_w)
+    x, y, z = xp.moveaxis(s.ball_center_pos_w, -1, 0)
+    vx, vy, vz = xp.moveaxis(s.ball_center_vel_w, -1, 0)
     toward = -vx
     # Where it will end counts in full from 3.3 m/s: earlier, the -3 beside the goal would make a weak first
     # kick worse than none, and no kick would ever be tried.

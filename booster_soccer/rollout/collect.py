@@ -7,7 +7,7 @@ jitted loop). Both give their whole state as arrays, so that a run can go on exa
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -283,7 +283,7 @@ class NativeLoop:
 class MjxCarry(NamedTuple):
     """What the jitted loop carries besides the learner."""
 
-    data: object  # mjx.Data, leading axis B
+    data: Any  # mjx.Data, leading axis B
     lanes: Lanes
     buffer: Batch  # leading axis = capacity
     count: jax.Array  # () iterations
@@ -365,7 +365,8 @@ class MjxLoop:
 
     def _iterations(self, state: SacState, carry: MjxCarry, learn: jax.Array):
         def one(both, _):
-            state, carry, out = self._iterate(*both, learn)
+            state, carry = both
+            state, carry, out = self._iterate(state, carry, learn)
             return (state, carry), out
 
         (state, carry), (sums, metrics) = jax.lax.scan(one, (state, carry), length=self.ITERATIONS_PER_CALL)

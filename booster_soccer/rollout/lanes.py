@@ -22,6 +22,15 @@ from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS, official_score, score_terms
 
 
+class Sight(NamedTuple):
+    """Where lanes stand; arrays of one's own."""
+
+    steps: np.ndarray  # (B,) physics steps of the running episode
+    imu_pos_w: np.ndarray  # (B, 3) m
+    ball: Ball  # each (B, 3)
+    aim_pos_w: np.ndarray  # (B, 3) m: the goal's centre, window or target
+
+
 class Outcome(NamedTuple):
     """What the episode of one lane came to."""
 
@@ -35,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 class Lanes(Protocol):
-    """B lanes. Arrays are the caller's own. What a lane that has ended holds is read before the next `hold`."""
+    """B lanes. What a lane that has ended holds is to be read before the next `hold` or `reset`."""
 
     tasks: list[str]  # of each lane
 
@@ -51,27 +60,8 @@ class Lanes(Protocol):
     def observe(self) -> np.ndarray:
         """The policy's observations (B, 87) float32."""
 
-    def outcome(self, lane: int) -> Outcome:
-        """Score and fate of a lane that has just ended."""
-
-    def close(self) -> None:
-        """Give back threads and environments."""
-
-    @property
-    def steps(self) -> np.ndarray:
-        """Physics steps (B,) of the running episodes."""
-
-    @property
-    def imu_pos_w(self) -> np.ndarray:
-        """(B, 3) m."""
-
-    @property
-    def ball(self) -> Ball:
-        """The ball now, each (B, 3)."""
-
-    @property
-    def aim_pos_w(self) -> np.ndarray:
-        """(B, 3) m: the goal's centre, window or target."""
+    def look(self) -> Sight:
+        """Where the lanes stand."""
 
     def situation(self) -> Situation:
         """What the dense reward looks at, each (B, ...)."""
@@ -79,122 +69,71 @@ class Lanes(Protocol):
     def events(self, diverged: np.ndarray) -> Events:
         """What ended the lanes' episodes, each (B,); `diverged` (B,) is the caller's judgement."""
 
-
-class OfficialLanes:
-    """One lane of the official environment."""
-
-    def __init__(self, task: str, env: gym.Env | None = None, hold_steps: int = c.PHYSICS_STEPS_PER_ACTION):
-        """`env`: instead of a new one, for example with a wrapper; `hold_steps`: physics steps an action."""
-        self.tasks = [task]
-        self.lane = official.OfficialLane(task, env)
-        self._hold_steps = hold_steps
-
-    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
-        for seed in seeds:
-            self.lane.reset(seed, start_noise_rad)
-
-    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        terminated, truncated = self.lane.hold(None if action is None else action[0], self._hold_steps)
-        return np.array([terminated]), np.array([truncated])
-
-    def observe(self) -> np.ndarray:
-        return Preprocessor().modify_state(self.lane.obs, self.lane.info)
-
     def outcome(self, lane: int) -> Outcome:
-        base = self.lane.base
-        # The platform asks once more after the environment's own call in `step`. That leaves `ball_hits` as it
-        # is: a touch counts on the change from "no contact" to "contact", and the contacts have not changed.
-        terms = score_terms(self.tasks[0], base.compute_reward())
-        fell, success = bool(base.robots[0].is_terminated()), bool(self.lane.info["success"])
-        of_ball = self.lane.touches, self.lane.ball_height_max_m, self.lane.shot
-        return Outcome(sum(terms.values()), terms, fell, success, *of_ball)
+        """Score and fate of a lane that has just ended."""
 
     def close(self) -> None:
-        self.lane.env.close()
-
-    @property
-    def steps(self) -> np.ndarray:
-        return np.array([self.lane.steps])
-
-    @property
-    def imu_pos_w(self) -> np.ndarray:
-        return self.lane.imu_pos_w[None]
-
-    @property
-    def ball(self) -> Ball:
-        return Ball(*(vector_w[None] for vector_w in self.lane.ball))
-
-    @property
-    def aim_pos_w(self) -> np.ndarray:
-        return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self.lane.info["target_xpos_rel_robot"][None])
-
-    def situation(self) -> Situation:
-        info = {name: np.asarray(value)[None] for name, value in self.lane.info.items() if name != "reward_terms"}
-        return situation.from_official(
-            self.lane.obs[None], info, self.ball.centre_pos_w, self.ball.centre_vel_w, self.steps
-        )
-
-    def events(self, diverged: np.ndarray) -> Events:
-        terms = {name: np.array([value]) for name, value in self.lane.info["reward_terms"].items()}
-        success = {"success": np.array([self.lane.info["success"]])}
-        return situation.official_events(self.situation(), success, terms, diverged)
+        """Give back threads and environments."""
 
 
-class TwinLanes:
-    """Lanes of one task in the official environment's twin."""
+class _PlatformLanes:
+    """Lanes of one task in the official environment or its twin."""
 
-    def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
-        self.tasks = [task] * num_lanes
-        self.env = TwinEnv(task, num_lanes, num_threads)
+    def __init__(self, task: str, env: official.OfficialEnv | TwinEnv):
+        self.tasks, self.env = [task] * env.num_lanes, env
 
     def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
-        self._obs, self._info = self.env.reset(seeds, start_noise_rad, np.asarray(lanes, int))
+        self.obs, self.info = self.env.reset(seeds, start_noise_rad, np.asarray(lanes, int))
 
     def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if action is None:
-            torque_nm = np.zeros((len(self.tasks), c.NUM_JOINTS))
-            step = self.env.step_torque(torque_nm, c.PHYSICS_STEPS_PER_ACTION)
+            nothing_nm = np.zeros((len(self.tasks), c.NUM_JOINTS))
+            step = self.env.step_torque(nothing_nm, c.PHYSICS_STEPS_PER_ACTION)
         else:
             step = self.env.step_action(action)
-        self._obs, self._info, self._raw_terms = step.obs, step.info, step.reward_terms
+        self.obs, self.info, self._raw_terms = step.obs, step.info, step.reward_terms
         return step.terminated, step.truncated
 
     def observe(self) -> np.ndarray:
-        return Preprocessor().modify_state(self._obs, self._info)
+        return Preprocessor().modify_state(self.obs, self.info)
+
+    def look(self) -> Sight:
+        env, imu_pos_w = self.env, self.env.imu_pos_w.copy()
+        aim_pos_w = official.aim_pos_w(self.tasks[0], imu_pos_w, self.info["target_xpos_rel_robot"])
+        return Sight(env.steps.copy(), imu_pos_w, Ball(*(vector_w.copy() for vector_w in env.ball)), aim_pos_w)
+
+    def situation(self) -> Situation:
+        ball = self.env.ball
+        return situation.from_official(self.obs, self.info, ball.centre_pos_w, ball.centre_vel_w, self.env.steps)
+
+    def events(self, diverged: np.ndarray) -> Events:
+        return situation.official_events(self.situation(), self.info, self._raw_terms, diverged)
 
     def outcome(self, lane: int) -> Outcome:
         env = self.env
         terms = score_terms(self.tasks[lane], {name: values[lane] for name, values in self._raw_terms.items()})
-        fell, success = not env.imu_pos_w[lane, 2] > c.FALL_HEIGHT_M, bool(self._info["success"][lane])
-        shot = Ball(*(values[lane].copy() for values in env.shot)) if env.touches[lane] else None
+        fell, success = not env.imu_pos_w[lane, 2] > c.FALL_HEIGHT_M, bool(self.info["success"][lane])
+        shot = Ball(*(vector_w[lane].copy() for vector_w in env.shot)) if env.touches[lane] else None
         of_ball = int(env.touches[lane]), float(env.ball_height_max_m[lane]), shot
         return Outcome(sum(terms.values()), terms, fell, success, *of_ball)
 
     def close(self) -> None:
         self.env.close()
 
-    @property
-    def steps(self) -> np.ndarray:
-        return self.env.steps.copy()
 
-    @property
-    def imu_pos_w(self) -> np.ndarray:
-        return self.env.imu_pos_w.copy()
+class OfficialLanes(_PlatformLanes):
+    """One lane of the official environment."""
 
-    @property
-    def ball(self) -> Ball:
-        return Ball(*(vector_w.copy() for vector_w in self.env.ball))
+    def __init__(self, task: str, env: gym.Env | None = None, hold_steps: int = c.PHYSICS_STEPS_PER_ACTION):
+        """`env`: instead of a new one, for example with a wrapper; `hold_steps`: physics steps an action."""
+        super().__init__(task, official.OfficialEnv(task, env, hold_steps))
 
-    @property
-    def aim_pos_w(self) -> np.ndarray:
-        return official.aim_pos_w(self.tasks[0], self.imu_pos_w, self._info["target_xpos_rel_robot"])
 
-    def situation(self) -> Situation:
-        ball = self.env.ball
-        return situation.from_official(self._obs, self._info, ball.centre_pos_w, ball.centre_vel_w, self.env.steps)
+class TwinLanes(_PlatformLanes):
+    """Lanes of one task in the official environment's twin."""
 
-    def events(self, diverged: np.ndarray) -> Events:
-        return situation.official_events(self.situation(), self._info, self._raw_terms, diverged)
+    def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
+        super().__init__(task, TwinEnv(task, num_lanes, num_threads))
 
 
 class SceneLanes:
@@ -212,10 +151,11 @@ class SceneLanes:
         from booster_soccer.rollout import episode
 
         self.tasks = [c.TASKS[lane % c.NUM_TASKS] for lane in range(num_lanes)]
-        self._rules, self._jax, self._observe_lane = Tasks(), jax, episode.observe
+        self._rules, self._jax = Tasks(), jax
         self._engine = NativeEngine(num_lanes, num_threads=num_threads or usable_cores())
         self._official = {task: official.make(task) for task in set(self.tasks)}
-        self._observe = jax.jit(jax.vmap(lambda view, state: episode.observe(self._rules, view, state)))
+        self._observe_lane = lambda view, state: episode.observe(self._rules, view, state)
+        self._observe = jax.jit(jax.vmap(self._observe_lane))
         self._situation = jax.jit(jax.vmap(self._rules.situation))
         self._advance = jax.jit(jax.vmap(self._advance_lane))
         # Every lane stands somewhere until it is reset, so that its physics is sound.
@@ -223,9 +163,9 @@ class SceneLanes:
         self._engine.reset(np.arange(num_lanes), *(np.tile(values, (num_lanes, 1)) for values in (qpos, qvel)))
         self._fresh = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], num_lanes, axis=0), fresh)
         self._state = jax.tree.map(np.copy, self._fresh)
-        self.alive = np.zeros(num_lanes, bool)
-        self.imu_pos_w = np.zeros((num_lanes, 3))
-        self.ball = Ball(*np.zeros((4, num_lanes, 3)))
+        self._alive = np.zeros(num_lanes, bool)
+        self._imu_pos_w = np.zeros((num_lanes, 3))
+        self._ball = Ball(*np.zeros((4, num_lanes, 3)))
         self._shot = Ball(*np.zeros((4, num_lanes, 3)))
         self._ball_height_max_m = np.zeros(num_lanes)
 
@@ -236,13 +176,13 @@ class SceneLanes:
         raw = rules.official_terms(r, after, events)
         ball = Ball(r.ball_center_pos_w, r.ball_center_vel_w, r.ball_site_pos_w, r.ball_site_vel_w)
         score = official_score(raw, after.task, self._jax.numpy)
-        return after, self._observe_lane(rules, view, after), r.imu_pos_w, ball, events, raw, score
+        return after, self._observe_lane(view, after), r.imu_pos_w, ball, events, raw, score
 
     def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
-        lanes, address = np.asarray(lanes, int), self._rules.address
+        address = self._rules.address
         state = self._jax.tree.map(np.array, self._state)
         for leaf, fresh in zip(self._jax.tree.leaves(state), self._jax.tree.leaves(self._fresh), strict=True):
-            leaf[lanes] = fresh[lanes]
+            leaf[list(lanes)] = fresh[list(lanes)]
         qpos = np.zeros((len(lanes), self._rules.nq))
         for row, lane, seed in zip(qpos, lanes, seeds, strict=True):
             task = self.tasks[lane]
@@ -256,32 +196,44 @@ class SceneLanes:
             state.task[lane] = c.TASKS.index(task)
             state.target_pos_w[lane] = target_rel_w + imu_pos_w * np.any(target_rel_w)  # the goalie task has none
             state.defender_pos_w[lane] = np.reshape(info["defender_xpos"], (c.NUM_DEFENDERS, 3))
-        self._engine.reset(lanes, qpos, np.zeros((len(lanes), self._rules.nv)))
-        self._state, self.alive[lanes], self._ball_height_max_m[lanes] = state, True, 0.0
+        self._engine.reset(np.asarray(lanes, int), qpos, np.zeros((len(lanes), self._rules.nv)))
+        self._state, self._alive[lanes], self._ball_height_max_m[lanes] = state, True, 0.0
         self._obs = np.array(self._observe(self._engine.view(), state))
-        self.imu_pos_w = np.array(self.imu_pos_w, float)
-        self.imu_pos_w[lanes] = qpos[:, address.root_q][:, :3]
-        self.ball.centre_pos_w[lanes] = qpos[:, address.ball_q][:, :3] + [0.0, 0.0, c.BALL_RADIUS_M]
+        self._imu_pos_w = np.array(self._imu_pos_w, float)
+        self._imu_pos_w[lanes] = qpos[:, address.root_q][:, :3]
+        self._ball.centre_pos_w[lanes] = qpos[:, address.ball_q][:, :3] + [0.0, 0.0, c.BALL_RADIUS_M]
 
     def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         if action is None:
             raise UserError("our scene has no zero torque: its PD layer always acts; give a policy")
         # Lanes that have ended are stepped too; they stand, so that their physics stays sound.
-        action = np.where(self.alive[:, None], action, 0.0).astype(np.float32)
+        action = np.where(self._alive[:, None], action, 0.0).astype(np.float32)
         self._engine.step(pd.joint_target_rad(action))
         was_touching = self._state.in_contact
         after, *seen = self._jax.device_get(self._advance(self._engine.view(), self._state, action))
-        self._obs, self.imu_pos_w, ball, self._events, self._raw_terms, self._score = seen
-        self._state, self.ball = after, Ball(*(np.array(vector_w, float) for vector_w in ball))
-        self._ball_height_max_m = np.fmax(self._ball_height_max_m, self.ball.centre_pos_w[:, 2])
-        for kept, now in zip(self._shot, self.ball):
+        self._obs, self._imu_pos_w, ball, self._events, self._raw_terms, self._score = seen
+        self._state, self._ball = after, Ball(*(np.array(vector_w, float) for vector_w in ball))
+        self._ball_height_max_m = np.fmax(self._ball_height_max_m, self._ball.centre_pos_w[:, 2])
+        for kept, now in zip(self._shot, self._ball):
             kept[...] = np.where((was_touching | after.in_contact)[:, None], now, kept)
         terminated, truncated = self._events.terminated, after.action_count >= c.EPISODE_ACTIONS
-        self.alive &= ~(terminated | truncated)
+        self._alive &= ~(terminated | truncated)
         return terminated, truncated & ~terminated
 
     def observe(self) -> np.ndarray:
         return self._obs
+
+    def look(self) -> Sight:
+        goal = np.array([task == "goalie" for task in self.tasks])[:, None]
+        aim_pos_w = np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)
+        steps = np.asarray(self._state.action_count) * c.PHYSICS_STEPS_PER_ACTION
+        return Sight(steps, self._imu_pos_w.copy(), Ball(*(vector_w.copy() for vector_w in self._ball)), aim_pos_w)
+
+    def situation(self) -> Situation:
+        return self._jax.device_get(self._situation(self._engine.view(), self._state))
+
+    def events(self, diverged: np.ndarray) -> Events:
+        return self._events._replace(diverged=self._events.diverged | diverged)
 
     def outcome(self, lane: int) -> Outcome:
         events, touches = self._events, int(self._state.hits[lane])
@@ -289,7 +241,7 @@ class SceneLanes:
         weights = WEIGHTS[self.tasks[lane]]
         terms = {name: share * weight * float(self._raw_terms[name][lane]) for name, weight in weights.items()}
         fell, success = bool(events.fallen[lane]), bool(events.success[lane])
-        shot = Ball(*(values[lane].copy() for values in self._shot)) if touches else None
+        shot = Ball(*(vector_w[lane].copy() for vector_w in self._shot)) if touches else None
         of_ball = touches, float(self._ball_height_max_m[lane]), shot
         return Outcome(share * float(self._score[lane]), terms, fell, success, *of_ball)
 
@@ -297,18 +249,3 @@ class SceneLanes:
         self._engine.close()
         for env in self._official.values():
             env.close()
-
-    @property
-    def steps(self) -> np.ndarray:
-        return np.asarray(self._state.action_count) * c.PHYSICS_STEPS_PER_ACTION
-
-    @property
-    def aim_pos_w(self) -> np.ndarray:
-        goal = np.array([task == "goalie" for task in self.tasks])[:, None]
-        return np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)
-
-    def situation(self) -> Situation:
-        return self._jax.device_get(self._situation(self._engine.view(), self._state))
-
-    def events(self, diverged: np.ndarray) -> Events:
-        return Events(*self._events[:-1], diverged=self._events.diverged | diverged)

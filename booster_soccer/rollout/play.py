@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -26,11 +26,17 @@ from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.official import Ball
 from booster_soccer.errors import UserError
 from booster_soccer.rewards.official import WEIGHTS
-from booster_soccer.rollout.lanes import Lanes, OfficialLanes, SceneLanes, TwinLanes
+from booster_soccer.rollout.lanes import Lanes, OfficialLanes, SceneLanes, Sight, TwinLanes
 from booster_soccer.rollout.processes import Workers
 
-# (87,) float32 observation -> (12,) action in [-1, 1]; None stands for zero torque.
-Policy = Callable[[np.ndarray], np.ndarray] | None
+
+class Act(Protocol):
+    """(87,) float32 observation -> (12,) action in [-1, 1]."""
+
+    def __call__(self, obs: np.ndarray, /) -> np.ndarray: ...
+
+
+Policy = Act | None  # None stands for zero torque
 
 BACKENDS = ("official", "twin", "scene")
 _EPISODES_PER_JOB = 25  # of one process of twins: enough lanes to share the overhead, few enough for progress
@@ -87,7 +93,7 @@ def reference_policy(name: str) -> Policy:
 class Recorded(NamedTuple):
     """A policy that appends every observation it acts on to a file of its process."""
 
-    policy: Policy
+    policy: Act
     directory: Path
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -107,7 +113,7 @@ def play(
     Raises `UserError` if no lane plays an episode's task, or if the policy returns a wrong shape or a number
     that is not finite.
     """
-    waiting = {task: collections.deque() for task in lanes.tasks}
+    waiting: dict[str, collections.deque[tuple[int, Episode]]] = {task: collections.deque() for task in lanes.tasks}
     for number, episode in enumerate(episodes):
         if episode.task not in waiting:
             raise UserError(f"no lane plays task '{episode.task}', only {', '.join(waiting)}: use other lanes")
@@ -121,15 +127,16 @@ def play(
             if free:
                 playing |= {lane: waiting[lanes.tasks[lane]].popleft() for lane in free}
                 lanes.reset(free, [playing[lane][1].seed for lane in free], start_noise_rad)
-                walked_m[free], nearest_m[free] = 0.0, np.inf
-            imu_pos_w = lanes.imu_pos_w
-            nearest_m = np.fmin(nearest_m, _horizontal_m(imu_pos_w - lanes.ball.centre_pos_w))
-            action = None if policy is None else _actions(policy, lanes, playing)
+                now = lanes.look()
+                walked_m[free], nearest_m[free] = 0.0, _from_ball_m(now)[free]
+            action = None if policy is None else _actions(policy, lanes, now.steps, playing)
             ended = np.logical_or(*lanes.hold(action))
-            walked_m += _horizontal_m(lanes.imu_pos_w - imu_pos_w)
+            before, now = now, lanes.look()
+            walked_m += _horizontal_m(now.imu_pos_w - before.imu_pos_w)
+            nearest_m = np.fmin(nearest_m, _from_ball_m(now))
             for lane in [lane for lane in playing if ended[lane]]:
                 number, episode = playing.pop(lane)
-                done[number] = _result(lanes, lane, episode, walked_m[lane], nearest_m[lane])
+                done[number] = _result(lanes, now, lane, episode, walked_m[lane], nearest_m[lane])
         yield done.pop(following)
 
 
@@ -137,13 +144,17 @@ def _horizontal_m(vector_w: np.ndarray) -> np.ndarray:
     return np.hypot(vector_w[..., 0], vector_w[..., 1])
 
 
-def _actions(policy: Policy, lanes: Lanes, playing: dict[int, tuple[int, Episode]]) -> np.ndarray:
+def _from_ball_m(now: Sight) -> np.ndarray:
+    return _horizontal_m(now.imu_pos_w - now.ball.centre_pos_w)
+
+
+def _actions(policy: Act, lanes: Lanes, steps: np.ndarray, playing: dict[int, tuple[int, Episode]]) -> np.ndarray:
     """The policy's actions (B, 12), zero in lanes that do not play, in the type that it returns."""
     obs = lanes.observe()
     rows = {lane: np.asarray(policy(obs[lane])) for lane in playing}
     for lane, row in rows.items():
         task, seed = playing[lane][1]
-        where = f"in task '{task}', seed {seed}, physics step {lanes.steps[lane]}"
+        where = f"in task '{task}', seed {seed}, physics step {steps[lane]}"
         if row.shape != (c.NUM_JOINTS,):
             raise UserError(
                 f"the policy returned shape {row.shape} instead of ({c.NUM_JOINTS},) {where}: "
@@ -158,27 +169,27 @@ def _actions(policy: Policy, lanes: Lanes, playing: dict[int, tuple[int, Episode
     return actions
 
 
-def _result(lanes: Lanes, lane: int, episode: Episode, walked_m: float, nearest_m: float) -> EpisodeResult:
+def _result(lanes: Lanes, end: Sight, lane: int, episode: Episode, walked_m: float, nearest_m: float) -> EpisodeResult:
     """What is to be said of an episode that has just ended, one lane at a time: so all backends round alike."""
-    outcome, imu_pos_w, ball = lanes.outcome(lane), lanes.imu_pos_w[lane], Ball(*(v[lane] for v in lanes.ball))
+    outcome, ball = lanes.outcome(lane), Ball(*(vector_w[lane] for vector_w in end.ball))
     velocity_weight = WEIGHTS[episode.task].get("ball_vel_twd_goal", 0.0)  # of the site's velocity along -x
     return EpisodeResult(
         task=episode.task,
         seed=episode.seed,
         score=outcome.score,
         terms=outcome.terms,
-        steps=int(lanes.steps[lane]),
+        steps=int(end.steps[lane]),
         fell=outcome.fell,
         success=outcome.success,
         touches=outcome.touches,
         ball_speed_site_m_s=float(np.linalg.norm(ball.site_vel_w)),
         ball_speed_centre_m_s=float(np.linalg.norm(ball.centre_vel_w)),
         ball_height_max_m=outcome.ball_height_max_m,
-        **official.ball_quantities(outcome.shot, ball, lanes.aim_pos_w[lane]),
+        **official.ball_quantities(outcome.shot, ball, end.aim_pos_w[lane]),
         roll_score=velocity_weight * float(ball.centre_vel_w[0] - ball.site_vel_w[0]),
         walked_m=float(walked_m),
-        ball_distance_min_m=float(min(nearest_m, _horizontal_m(imu_pos_w - ball.centre_pos_w))),
-        imu_height_m=float(imu_pos_w[2]),
+        ball_distance_min_m=float(nearest_m),
+        imu_height_m=float(end.imu_pos_w[lane, 2]),
     )
 
 
@@ -262,57 +273,34 @@ class _Booth:
 # --- what a policy meets --------------------------------------------------------------------------------
 
 
-class _Recorder(OfficialLanes):
-    """Notes what the policy is asked, and ends its episode once that are `count` questions."""
-
-    def __init__(self, task: str, count: int, turn: Callable | None):
-        super().__init__(task)
-        self.count, self.turn, self.met = count, turn, []
-
-    def reset(self, lanes: Sequence[int], seeds: Sequence[int], start_noise_rad: float) -> None:
-        super().reset(lanes, seeds, start_noise_rad)
-        if self.turn is not None:
-            self.lane.obs, self.lane.info = self.turn(self.lane.env)
-
-    def observe(self) -> np.ndarray:
-        observed = super().observe()
-        arrays = {key: value for key, value in self.lane.info.items() if isinstance(value, np.ndarray)}
-        self.met.append((observed[0], self.lane.obs, arrays))
-        return observed
-
-    def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        terminated, truncated = super().hold(action)
-        return terminated, truncated | (len(self.met) >= self.count)
-
-
 def record(
-    task: str,
-    policy: Policy,
-    count: int,
-    seed_of: Callable[[int], int],
-    start_noise_rad: float,
-    turn: Callable[[gym.Env], tuple[np.ndarray, dict]] | None = None,
+    task: str, policy: Act, count: int, seed_of: Callable[[int], int], start_noise_rad: float, env: gym.Env
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """What a policy meets in the official environment, one at each action: observations (count, 87), and the raw
+    """What a policy meets in an official environment, one at each action: observations (count, 87), and the raw
     ones (count, raw) and info (count, ...) that they were made from.
 
-    As many episodes as it takes, from seeds `seed_of(0)`, `seed_of(1)`, ...; `turn` may move the robot at each
-    start, and returns obs and info of the moved one.
+    As many episodes as it takes, from seeds `seed_of(0)`, `seed_of(1)`, ...
     """
-    recorder = _Recorder(task, count, turn)
-    episodes = [Episode(task, seed_of(i)) for i in range(count)]
-    for _ in play(recorder, policy, episodes, start_noise_rad):
-        if len(recorder.met) >= count:
+    lanes = OfficialLanes(task, gym.wrappers.TimeLimit(env, count * c.PHYSICS_STEPS_PER_ACTION))
+    met = []
+
+    def noting(obs: np.ndarray) -> np.ndarray:
+        met.append((obs, lanes.obs[0], {key: values[0] for key, values in lanes.info.items() if values.ndim > 1}))
+        return policy(obs)
+
+    for _ in play(lanes, noting, [Episode(task, seed_of(i)) for i in range(count)], start_noise_rad):
+        if len(met) >= count:
             break
-    recorder.close()
-    observed, raw, infos = zip(*recorder.met, strict=True)
+    lanes.close()
+    observed, raw, infos = zip(*met[:count], strict=True)
     return np.stack(observed), np.stack(raw), {key: np.stack([info[key] for info in infos]) for key in infos[0]}
 
 
-def real_observations(policy: Policy, per_task: int, seed: int, start_noise_rad: float) -> np.ndarray:
+def met_observations(policy: Act, per_task: int, seed: int, start_noise_rad: float) -> np.ndarray:
     """Observations (3 * per_task, 87) that a policy meets in the three official environments."""
     seed_of = functools.partial(episode_seed, seed)
-    return np.concatenate([record(task, policy, per_task, seed_of, start_noise_rad)[0] for task in c.TASKS])
+    met = (record(task, policy, per_task, seed_of, start_noise_rad, official.make(task))[0] for task in c.TASKS)
+    return np.concatenate(list(met))
 
 
 def episode_seed(*key: int) -> int:

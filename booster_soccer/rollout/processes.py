@@ -111,8 +111,9 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -
     """In a process: make the object and answer calls of its methods until the connection closes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sentinel = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([sentinel]), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     try:
         served = make(*arguments)
         while True:

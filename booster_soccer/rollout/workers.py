@@ -88,7 +88,7 @@ class EndlessLanes:
         for played, action in zip(self._actions, actions):
             played.append(action.copy())
         terminated, truncated = self.lanes.hold(actions)
-        now, length = self.lanes.situation(), self.lanes.steps
+        now, length = self.lanes.situation(), self.lanes.look().steps
         # On NaN MuJoCo itself starts again, from the model's zero pose, and the environment plays on. The
         # learner must not see that jump: the episode ends there, without a score.
         broken = _jumped(self._now, now)
@@ -98,7 +98,7 @@ class EndlessLanes:
             shaped = self.dense.step(self.lanes.observe(), now, self.lanes.events(broken), actions.astype(np.float64))
         ended = terminated | truncated
         score, fell, success = np.zeros(len(actions)), np.zeros(len(actions), bool), np.zeros(len(actions), bool)
-        for lane in np.flatnonzero(ended):
+        for lane in np.flatnonzero(ended).tolist():
             if not broken[lane]:
                 outcome = self.lanes.outcome(lane)
                 score[lane], fell[lane], success[lane] = outcome.score, outcome.fell, outcome.success
@@ -109,8 +109,8 @@ class EndlessLanes:
             self._reset(np.flatnonzero(ended))
             self._now = self.lanes.situation()
             following = self.dense.start(self.lanes.observe(), self._now, ended)
-        return LaneStep(shaped.critic_obs, shaped.reward, shaped.dense_terms, terminated, truncated, score, length, fell,
-                        success, following)  # fmt: skip
+        dense = shaped.critic_obs, shaped.reward, shaped.dense_terms
+        return LaneStep(*dense, terminated, truncated, score, length, fell, success, following)
 
     def state(self) -> dict[str, np.ndarray]:
         """What `restore` needs: numbers (B,), lengths (B,) and memory of the episodes, actions (B, 500, 12) so far."""
@@ -133,7 +133,7 @@ class EndlessLanes:
     def _reset(self, lanes: np.ndarray) -> None:
         if len(lanes):
             seeds = [episode_seed(*self._keys[lane], int(self._episode[lane])) for lane in lanes]
-            self.lanes.reset(lanes, seeds, self._start_noise_rad)
+            self.lanes.reset(lanes.tolist(), seeds, self._start_noise_rad)
 
 
 class WorkerLanes(Workers):

@@ -1,1 +1,1 @@
-"""A run on disk: checkpoints, the replay buffer, and going on after a kill. What a policy is, on disk; knows no training."""
+"""A run on disk: checkpoints, the replay buffer, and going on after a kill; knows no training."""

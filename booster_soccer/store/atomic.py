@@ -26,11 +26,15 @@ def beside(target: Path, suffix: str) -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to disk."""
+    """Write a new file and flush it to disk; on a full disk nothing half written stays."""
     with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.unlink(path)
+            raise
 
 
 def sync_directory(directory: Path) -> None:

@@ -80,18 +80,20 @@ def save(
     """
     target = real_path(path)
     _check_names(target, stage, arrays)
+    if np.shape(golden_obs) != (GOLDEN_PAIRS, OBS_SIZE):
+        raise UserError(f"checkpoint {target}: golden_obs is {np.shape(golden_obs)}, not {(GOLDEN_PAIRS, OBS_SIZE)}")
     tables = {ARRAYS: arrays, GOLDEN: {"obs": golden_obs, "actions": _actions(target, arrays, golden_obs)}}
     tables |= {f"{name}.safetensors": table for name, table in (extra_arrays or {}).items()}
     if len(tables) != 2 + len(extra_arrays or {}) or not all(map(ARRAY_FILE.fullmatch, tables)):
         raise ValueError(f"extra_arrays: names must be like 'optimizer', got {sorted(extra_arrays or {})}")
     # Contiguous, because safetensors writes the memory as it lies.
-    tables = {
+    files = {
         name: {key: np.asarray(value, order="C") for key, value in table.items()} for name, table in tables.items()
     }
-    for name, table in tables.items():
-        _check_table(target, name, table)
+    for name, arrays_of_file in files.items():
+        _check_table(target, name, arrays_of_file)
     manifest = manifests.new(stage, [(p.stage, p.hash, p.manifest) for p in parents], config, seed, steps, metrics)
-    manifest["files"] = dict.fromkeys(tables, "0" * 64)
+    manifest["files"] = dict.fromkeys(files, "0" * 64)
     manifests.check(target, manifest)
     with os_errors(f"write checkpoint {target}", "the last one is kept; " + OTHER_PLACE):
         check_target(target, stage, [parent.path for parent in parents], overwrite)
@@ -99,8 +101,8 @@ def save(
         remove(writing)  # what a killed save left
         try:
             os.makedirs(writing)
-            for name, table in tables.items():
-                content = safetensors.numpy.save(table)
+            for name, arrays_of_file in files.items():
+                content = safetensors.numpy.save(arrays_of_file)
                 manifest["files"][name] = hashlib.sha256(content).hexdigest()
                 write_file(writing / name, content)
             write_file(writing / MANIFEST, manifests.to_bytes(manifest))
@@ -208,7 +210,7 @@ def _parse_table(path: Path, name: str, content: bytes) -> dict[str, np.ndarray]
     return table
 
 
-def _check_table(path: Path, name: str, table: dict[str, np.ndarray]) -> None:
+def _check_table(path: Path, name: str, table: Mapping[str, np.ndarray]) -> None:
     """Raise `UserError` unless the arrays of a file have their types and shapes and are finite."""
     for key, value in table.items():
         what = f"checkpoint {path}: {name}: {key[:60]!r}"
@@ -226,7 +228,7 @@ def _check_table(path: Path, name: str, table: dict[str, np.ndarray]) -> None:
             raise UserError(f"checkpoint {path}: {name} does not hold 16 pairs; {AGAIN}")
 
 
-def _check_names(path: Path, stage: str, arrays: dict[str, np.ndarray]) -> None:
+def _check_names(path: Path, stage: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise `UserError` if a stage's arrays have the names of another (`agents/policy.py`)."""
     if ("actor.input.kernel" in arrays) != (stage == "pretrained"):
         raise UserError(f"checkpoint {path}: {ARRAYS} holds no {stage!r} policy; {AGAIN}")

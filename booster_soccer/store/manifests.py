@@ -48,7 +48,7 @@ _TYPES = {
     "files": dict,
 }
 _PACKAGES = (
-    *("numpy", "jax", "flax", "optax", "torch", "safetensors"),
+    *("numpy", "jax", "flax", "optax", "torch", "safetensors", "gymnasium"),
     *("mujoco", "mujoco-mjx", "sai-mujoco", "sai-rl"),
 )
 
@@ -70,13 +70,13 @@ def new(
         "parents": references,
         "lineage": ancestors,
         "code": dict(_code()),
-        "versions": dict(_versions()),
-        "config": _plain(config),
+        "versions": dict(versions()),
+        "config": plain(config),
         "seed": int(seed),
         "steps": int(steps),
         "observation_layout": LAYOUT_HASH,
         "action": action_layer(),
-        "metrics": _plain(metrics),
+        "metrics": plain(metrics),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": {},
     }
@@ -144,7 +144,7 @@ def check(path: Path, manifest: dict[str, Any]) -> None:
             raise refuse(key)
     if manifest["stage"] not in STAGES:
         raise refuse("stage")
-    known = set()
+    known: set[str] = set()
     for ancestor in manifest["lineage"]:
         if not (_is_reference(ancestor, {"stage", "hash", "parents"}) and set(ancestor["parents"]) <= known):
             raise refuse("lineage")
@@ -164,7 +164,8 @@ def _is_reference(entry: Any, keys: set[str]) -> bool:
     """Whether an entry names a checkpoint by stage and hash."""
     if not (isinstance(entry, dict) and entry.keys() == keys and entry["stage"] in STAGES):
         return False
-    return all(isinstance(hash_, str) for hash_ in [entry["hash"], *entry.get("parents", [])])
+    parents = entry.get("parents", [])
+    return isinstance(parents, list) and all(isinstance(hash_, str) for hash_ in [entry["hash"], *parents])
 
 
 def _lineage(parents: Sequence[tuple[str, str, dict[str, Any]]]) -> tuple[list[dict], list[dict]]:
@@ -172,7 +173,8 @@ def _lineage(parents: Sequence[tuple[str, str, dict[str, Any]]]) -> tuple[list[d
 
     The lineage names every ancestor once, parents before their children, each with the hashes of its own parents.
     """
-    references, ancestors = [], {}
+    references: list[dict] = []
+    ancestors: dict[str, dict] = {}
     for stage, hash_, manifest in parents:
         for ancestor in manifest["lineage"]:
             ancestors.setdefault(ancestor["hash"], ancestor)
@@ -193,14 +195,14 @@ def to_bytes(manifest: dict[str, Any]) -> bytes:
     return dump(entries | {"manifest_sha256": hashlib.sha256(dump(entries)).hexdigest()})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if hasattr(value, "tolist"):  # arrays and scalars of NumPy, JAX and PyTorch
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
@@ -237,12 +239,12 @@ def _code() -> dict[str, Any]:
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Installed versions, without importing anything."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+            found[package] = None
+    return found

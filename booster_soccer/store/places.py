@@ -152,6 +152,14 @@ def move(source: Path, target: Path) -> None:
         remove(source)
 
 
+def delete(path: Path | str) -> None:
+    """Delete a checkpoint that is no longer needed, and what earlier or killed saves left beside it."""
+    target = real_path(path)
+    for place in (target, *(beside(target, suffix) for suffix in ("previous", "writing", "broken"))):
+        if _names_our_format(place) or _holds_only_our_files(place):
+            remove(place)
+
+
 def places(path: Path | str) -> tuple[Path, Path]:
     """Where a run's saved state lies: the newest, and the one before (alone, if a save was killed between)."""
     return Path(path), beside(real_path(path), "previous")

@@ -83,7 +83,7 @@ class Segments:
         if os.path.lexists(directory) and not directory.is_dir():
             raise UserError(f"{directory} is needed for the replay buffer: move it away, or choose another output")
         self.directory = directory
-        self._table = {"first": np.zeros(0, np.int64), "last": np.zeros(0, np.int64),
+        self._table: dict[str, np.ndarray] = {"first": np.zeros(0, np.int64), "last": np.zeros(0, np.int64),
                        "sha256": np.zeros((0, 32), np.uint8)}  # fmt: skip
 
     def write(self, replay: Rows) -> dict[str, np.ndarray]:
@@ -189,7 +189,7 @@ def _safetensors(rows: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for values in rows.values():
-        yield memoryview(np.ascontiguousarray(values)).cast("B")
+        yield np.ascontiguousarray(values).data.cast("B")
 
 
 def _name(first: int, last: int) -> str:

@@ -14,7 +14,6 @@ state was saved. SIGTERM: the state is saved and the process ends with status 14
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,7 +29,8 @@ from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
-from booster_soccer.store.places import check_output_dir, places
+from booster_soccer.store.manifests import MANIFEST, plain
+from booster_soccer.store.places import check_output_dir, delete, places
 from booster_soccer.store.replay import Replay, Rows, Segments
 from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
 
@@ -43,7 +43,8 @@ class RecordConfig:
     judge_every: int = 500_000  # steps
     checkpoint_every: int = 200_000  # steps between saved states ...
     checkpoint_interval_s: float = 120.0  # ... and the least time between them
-    keep_state: bool = False  # leave the last saved state there at the end, to go on with more steps
+    # Leave the last saved state there at the end: once `out` is moved away, `--resume` goes on with more steps.
+    keep_state: bool = False
 
 
 # Nothing here changes what a run learns, so a continuation may have its own.
@@ -120,10 +121,12 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the result of this very run is there; then what a kill left of its state goes."""
-        if not (self.out / checkpoints.MANIFEST).exists():
+        if not (self.out / MANIFEST).exists():
             return False
-        self._check_same(checkpoints.load(self.out, (self.stage,)))
-        self._clean_up()
+        result = checkpoints.load(self.out, (self.stage,))
+        self._check_same(result, self.free - {"total_steps"})
+        if not _flat(result.manifest["config"]).get("records.keep_state"):
+            self._delete_state()
         print(f"{self.out} is finished already")
         return True
 
@@ -131,7 +134,7 @@ class Run:
         """Whether there is a state to go on from; a new run never goes over an old one."""
         check_output_dir(self.out)
         check_output_dir(self.resume_path)
-        has_result = (self.out / checkpoints.MANIFEST).exists()
+        has_result = (self.out / MANIFEST).exists()
         has_state = any(place.exists() for place in places(self.resume_path))
         if not resume and (has_result or has_state):
             raise UserError(f"{self.out} holds a run: give --resume to go on with it, or another --out")
@@ -145,7 +148,7 @@ class Run:
         """Go on from the newest state that is whole."""
 
         def accept(saved: Checkpoint) -> None:
-            self._check_same(saved)
+            self._check_same(saved, self.free)
             progress = checkpoints.load_extra(saved, "progress")
             check_like(progress, self._progress(), f"{saved.path}: the saved progress")
             kept = _from_table(checkpoints.load_extra(saved, "kept"), saved.path)
@@ -153,7 +156,7 @@ class Run:
             def fill(replay: Replay) -> None:
                 if "replay.safetensors" not in saved.manifest["files"]:
                     raise WrongRun(
-                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill to fill a new one"
+                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill for a new one"
                     )
                 table = checkpoints.load_extra(saved, "replay")
                 self.segments.read(table, replay, int(progress["added"]))
@@ -165,17 +168,17 @@ class Run:
         checkpoints.load_latest(self.resume_path, (self.stage,), accept=accept)
         _cut_records(self.metrics_path, self.steps)
 
-    def _check_same(self, saved: Checkpoint) -> None:
+    def _check_same(self, saved: Checkpoint, free: Collection[str]) -> None:
         """Raise `WrongRun` where a run on disk has other parents or other settings than this one."""
-        parents = [{"stage": parent.stage, "hash": parent.hash} for parent in self.parents]
-        if sorted(map(str, saved.manifest["parents"])) != sorted({str(parent) for parent in parents}):
+        parents = [parent["hash"] for parent in saved.manifest["parents"]]
+        if parents != list(dict.fromkeys(parent.hash for parent in self.parents)):
             raise WrongRun(
-                f"{saved.path} is a run that started from {'other' if saved.manifest['parents'] else 'no'} checkpoints: "
+                f"{saved.path} is a run that started from {'other' if parents else 'no'} checkpoints: "
                 "give the same ones, or another --out"
             )
-        theirs, ours = _flat(saved.manifest["config"]), _flat(json.loads(json.dumps(self.settings, default=str)))
+        theirs, ours = _flat(saved.manifest["config"]), _flat(plain(self.settings))
         for name in sorted(ours):
-            if name.split(".")[-1] not in self.free and theirs.get(name) != ours[name]:
+            if name.split(".")[-1] not in free and theirs.get(name) != ours[name]:
                 raise WrongRun(
                     f"{saved.path} was run with {name} = {str(theirs.get(name))[:60]}, not {str(ours[name])[:60]}: "
                     "give the same settings, or another --out"
@@ -196,7 +199,8 @@ class Run:
             while True:
                 # First what is due at this step, so that a run which goes on finds it due as well.
                 elapsed_s = time.monotonic() - started
-                finished = self.steps >= total_steps or bool(time_limit_s and elapsed_s >= time_limit_s)
+                out_of_time = 0 < time_limit_s <= elapsed_s and self.steps > 0  # something there is to judge
+                finished = self.steps >= total_steps or out_of_time
                 log_due = self._due("log", self.records.log_every, finished)
                 judge_due = self._due("judge", self.records.judge_every, finished)
                 in_time = time.monotonic() - last_save_s >= self.records.checkpoint_interval_s
@@ -229,8 +233,9 @@ class Run:
 
     def judge(self, stage: Stage, stop: StopSignal, wall_s: float) -> None:
         """Let the stage judge its policy; if SIGTERM comes meanwhile, it stays due."""
-        with contextlib.suppress(Stopped), stop.interrupting():
-            numbers = stage.judge()
+        with contextlib.suppress(Stopped):
+            with stop.interrupting():
+                numbers = stage.judge()
             self.last["judge"] = self.steps
             self.record({"wall_s": wall_s} | numbers)
         sys.stdout.flush()
@@ -240,8 +245,8 @@ class Run:
         self.diverged_at = self.steps
         if not self.kept:
             raise UserError(
-                f"training diverged before step {self.steps:,}, before any policy was judged; what "
-                f"{self.resume_path} holds is older and good: use another --seed or a lower learning rate"
+                f"training diverged before step {self.steps:,}, before any policy was judged: use another --seed or a "
+                "lower learning rate; a saved state is older and good"
             )
         message = f"warning: training diverged before step {self.steps:,}: only what was best before counts"
         print(message, file=sys.stderr, flush=True)
@@ -277,7 +282,8 @@ class Run:
         if self.diverged_at is not None:
             metrics = dict(metrics) | {"diverged_before_step": self.diverged_at}
         self._write(self.out, arrays, golden_obs, metrics, {}, overwrite=False)
-        self._clean_up()
+        if not self.records.keep_state:
+            self._delete_state()
         print(self.out)
         return self.out
 
@@ -286,12 +292,8 @@ class Run:
         checkpoints.save(path, self.stage, arrays, golden_obs, self.settings, self.seed, steps, self.parents, metrics,
                          extra, overwrite)  # fmt: skip
 
-    def _clean_up(self) -> None:
-        if self.records.keep_state:
-            return
-        for leftover in places(self.resume_path):
-            if (leftover / checkpoints.MANIFEST).exists():
-                shutil.rmtree(leftover)
+    def _delete_state(self) -> None:
+        delete(self.resume_path)
         self.segments.delete_all_but()
 
     def _progress(self, added: int = 0) -> dict[str, np.ndarray]:
@@ -303,7 +305,7 @@ class Run:
 
 
 def _as_table(kept: Mapping[str, Candidate]) -> dict[str, np.ndarray]:
-    table = {}
+    table: dict[str, np.ndarray] = {}
     for name, candidate in kept.items():
         table |= {f"{name}.steps": np.array(candidate.steps), f"{name}.scores": candidate.scores}
         table |= {f"{name}.arrays.{path}": value for path, value in candidate.arrays.items()}
@@ -322,7 +324,7 @@ def _from_table(table: Mapping[str, np.ndarray], path: Path) -> dict[str, Candid
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat

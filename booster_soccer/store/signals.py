@@ -58,8 +58,8 @@ class StopSignal:
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
         """Within, SIGTERM raises `Stopped`; so does entering after it. What it interrupts is left half done."""
-        self._interrupts = True
         try:
+            self._interrupts = True
             if self.received:
                 raise Stopped
             yield

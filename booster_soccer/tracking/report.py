@@ -55,14 +55,7 @@ def print_result(result: dict, title: str) -> None:
         worst.add_column(name, justify="right" if name in ("score", "steps") else "left")
     for of_task in result["tasks"].values():
         for row in worst_episodes(of_task):
-            columns = (
-                row["task"],
-                f"{row['seed']}",
-                f"{row['score']:+.2f}",
-                row["ending"],
-                f"{row['steps']}",
-            )
-            worst.add_row(*columns)
+            worst.add_row(row["task"], f"{row['seed']}", f"{row['score']:+.2f}", row["ending"], f"{row['steps']}")
 
     console = Console()
     console.print(scores)
@@ -75,6 +68,20 @@ def print_result(result: dict, title: str) -> None:
                 f"{task}: without start noise every seed gives the same episode; "
                 f"it was played once and stands for {of_task['episodes']}."
             )
+
+
+def print_episode(result: dict, title: str) -> None:
+    """Print everything that is measured in one episode."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in result["terms"].items():
+        table.add_row(f"term {name}", f"{value:+.6f}")
+    table.add_section()
+    for name, value in result.items():
+        if name != "terms":
+            table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
+    Console().print(table)
 
 
 def worst_episodes(of_task: dict) -> list[dict]:
@@ -125,18 +132,30 @@ def plot(result: dict, title: str, file: Path) -> None:
     figure.savefig(file)
 
 
-def reserve(file: Path) -> None:
-    """Raise `UserError` unless a new file can be written there; creates its directory, so that it stays so."""
+def finished(file: Path | None, identity: dict) -> dict | None:
+    """The result that a file holds already, if it answers the same question; None if there is no such file yet.
+
+    `identity` is the question, kept in the result under that name. Raises `UserError` where no new file can be written,
+    or one that holds something else would be lost; creates the file's directory, so that it stays so.
+    """
+    if file is None:
+        return None
     try:
-        is_new = not file.exists()
-        if is_new:
+        if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.open("x").close()
             file.unlink()
+            return None
+        content = json.loads(file.read_bytes())
+        is_same = content["identity"] == json.loads(json.dumps(identity))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; name another file") from error
-    if not is_new:
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_same = False
+    if not is_same:
         raise UserError(f"{file} exists and is not overwritten: name another file or remove it")
+    print(f"{file} has this result already; remove it to measure again")
+    return content
 
 
 def write_json(content: dict, file: Path) -> None:

@@ -1,7 +1,7 @@
 """The twin against the official environments, number by number, at every physics step.
 
-    OMP_NUM_THREADS=1 python benchmarks/twin_equality.py                       # 100 seeds, up to 5,000 steps
-    OMP_NUM_THREADS=1 python benchmarks/twin_equality.py --seeds 5 --steps 1000
+    OMP_NUM_THREADS=1 python -m tests.long.twin_equality              # 100 seeds
+    OMP_NUM_THREADS=1 python -m tests.long.twin_equality --seeds 5 --sources policy --checkpoint DIR
 
 Input: the installed `sai-mujoco`. Output: a table, one row for each task and action source, and exit status 1
 if anything differs. Compared at the start and after every step: observation, every key of `info`, every raw
@@ -21,7 +21,7 @@ Action sources:
 import functools
 import itertools
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -32,32 +32,27 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from booster_soccer import errors  # noqa: E402
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene
-from booster_soccer.envs.twin import Step, TwinEnv  # noqa: E402
-from booster_soccer.preprocess.observation import projected_gravity  # noqa: E402
-from booster_soccer.preprocess.submission import Preprocessor  # noqa: E402
-from booster_soccer.rewards.official import score_terms  # noqa: E402
+from booster_soccer.envs.twin import Step, TwinEnv
+from booster_soccer.preprocess.observation import projected_gravity
+from booster_soccer.preprocess.submission import Preprocessor
+from booster_soccer.rewards.official import score_terms
+from booster_soccer.store import checkpoints
 
 SOURCES = ("zero", "random", "policy", "launched")
 RELATIVE_TOLERANCE = 1e-9  # for observation and info; reward terms, ends and score must be equal
 START_NOISE_RAD = 0.02  # of every second seed
 
 # A stance and an ankle feedback that stand for seconds (found by random search with the twin).
-_STANCE = {
-    "Hip_Pitch": -0.15,
-    "Hip_Roll": 0.085,
-    "Knee_Pitch": 0.18,
-    "Ankle_Pitch": -0.13,
-    "Ankle_Roll": -0.085,
-}
+_STANCE = {"Hip_Pitch": -0.15, "Hip_Roll": 0.085, "Knee_Pitch": 0.18, "Ankle_Pitch": -0.13, "Ankle_Roll": -0.085}
 _ANKLE_PER_LEAN_RAD = 1.73
 _ANKLE_PER_LEAN_RATE_S = 0.05
 _ACTION_NOISE = 0.02  # of the source `policy`
 _STEPS_BETWEEN_THROWS = 300  # a multiple of ten, so that the 50 Hz path can follow
+_BATCH = 10  # episodes that the twin plays at once
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,6 @@ class Config:
     """How much to compare."""
 
     seeds: int = 100  # for each task and source
-    steps: int = c.EPISODE_PHYSICS_STEPS  # at most, of each episode
-    batch: int = 10  # episodes that the twin plays at once
-    workers: int = 2  # processes
     sources: tuple[Literal["zero", "random", "policy", "launched"], ...] = SOURCES
     checkpoint: Path | None = None  # its policy becomes the source `policy`
 
@@ -86,7 +78,7 @@ class Recording(NamedTuple):
     truncated: np.ndarray  # (T,)
     torque_nm: np.ndarray  # (T, 12)
     action: np.ndarray  # (ceil(T / 10), 12) float32; empty where the source gives torque
-    score: dict[str, float]  # weighted terms if the episode ended, else empty
+    score: dict[str, float]  # weighted terms, their sum and the steps if the episode ended, else empty
 
 
 @dataclass
@@ -97,31 +89,33 @@ class Report:
     steps: int = 0
     values: int = 0
     events: Counter = field(default_factory=Counter)
-    unequal: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # relative differences
+    unequal: dict[str, float] = field(default_factory=dict)  # largest relative difference, by name
 
     def check(self, name: str, expected, found) -> None:
         """Compare two arrays to the bit (NaN equals NaN, False equals 0.0)."""
         expected, found = np.asarray(expected), np.asarray(found)
         self.values += expected.size
-        if expected.shape != found.shape:
-            self.unequal[f"{name}: shape"].append(np.inf)
-        elif not np.array_equal(expected, found, equal_nan=True):
+        if np.array_equal(expected, found, equal_nan=expected.dtype.kind == "f"):
+            return
+        difference = np.inf
+        if expected.shape == found.shape and expected.dtype.kind != "U":
             a, b = expected.astype(np.float64), found.astype(np.float64)
-            self.unequal[name].append(float(np.max(np.abs(a - b) / np.maximum(np.abs(a), 1.0))))
+            difference = float(np.nan_to_num(np.abs(a - b) / np.maximum(np.abs(a), 1.0), nan=np.inf).max())
+        self.unequal[name] = max(difference, self.unequal.get(name, 0.0))
 
     def add(self, other: "Report") -> None:
         self.episodes, self.steps = self.episodes + other.episodes, self.steps + other.steps
         self.values += other.values
         self.events += other.events
-        for name, differences in other.unequal.items():
-            self.unequal[name] += differences
+        for name, difference in other.unequal.items():
+            self.unequal[name] = max(difference, self.unequal.get(name, 0.0))
 
     @property
     def equal(self) -> bool:
         """Whether everything is equal, observation and info within the tolerance."""
         return all(
-            name.startswith(("obs", "info")) and max(differences) <= RELATIVE_TOLERANCE
-            for name, differences in self.unequal.items()
+            name.startswith(("obs", "info")) and difference <= RELATIVE_TOLERANCE
+            for name, difference in self.unequal.items()
         )
 
 
@@ -148,9 +142,6 @@ def _policy(source: str, rng: np.random.Generator, checkpoint: Path | None) -> P
     if checkpoint is None:
         noise = functools.partial(rng.normal, 0.0, _ACTION_NOISE, c.NUM_JOINTS)
         return lambda obs, info: (balance(obs, info) + noise()).astype(np.float32)
-    from booster_soccer.agents.policy import policy_from_arrays
-    from booster_soccer.store import checkpoints
-
     policy = policy_from_arrays(checkpoints.load(checkpoint).arrays)
     return lambda obs, info: policy(Preprocessor().modify_state(obs, info)[0])
 
@@ -174,9 +165,8 @@ def _throw(task: str, info: dict, rng: np.random.Generator) -> np.ndarray:
 # --- official episode -----------------------------------------------------------------------------------
 
 
-def record(
-    env: official.TaskIndex, task: str, source: str, seed: int, max_steps: int, checkpoint: Path | None = None
-) -> Recording:
+def record(env: official.TaskIndex, task: str, source: str, seed: int, max_steps: int = c.EPISODE_PHYSICS_STEPS,
+           checkpoint: Path | None = None) -> Recording:  # fmt: skip
     """Play one official episode with an action source and keep everything it gave."""
     rng = np.random.default_rng([seed, SOURCES.index(source)])
     noise = START_NOISE_RAD * (seed % 2)
@@ -205,109 +195,68 @@ def record(
         infos.append(info)
         ends.append((reward, terminated, truncated))
         torques.append(torque)
-    reward, *flags = zip(*ends, strict=True)
-    over = terminated or truncated
-    return Recording(
-        seed=seed,
-        noise_rad=noise,
-        throws_m_s=throws,
-        obs=np.stack(all_obs),
-        info={key: np.stack([i[key] for i in infos]) for key in infos[0]},
-        terms={key: np.array([t[key] for t in terms]) for key in terms[0]},
-        reward=np.array(reward),
-        terminated=np.array(flags[0]),
-        truncated=np.array(flags[1]),
-        torque_nm=np.stack(torques),
-        action=np.array(actions),
-        score=score_terms(task, env.unwrapped.compute_reward()) if over else {},
-    )
+
+    def stacked(dicts: list[dict]) -> dict[str, np.ndarray]:
+        return {key: np.stack([values[key] for values in dicts]) for key in dicts[0]}
+
+    score = {}
+    if terminated or truncated:
+        weighted = score_terms(task, env.unwrapped.compute_reward())
+        score = {f"score {name}": value for name, value in weighted.items()}
+        score |= {"score": sum(weighted.values()), "steps": len(ends)}
+    return Recording(seed, noise, throws, np.stack(all_obs), stacked(infos), stacked(terms), *map(np.array, zip(*ends)),
+                     np.stack(torques), np.array(actions), score)  # fmt: skip
 
 
 # --- comparison -----------------------------------------------------------------------------------------
 
 
-def _start(task: str, recordings: list[Recording], num_threads: int, report: Report) -> TwinEnv:
-    twin = TwinEnv(task, len(recordings), num_threads)
+def _compare_path(task: str, recordings: list[Recording], hold: int, report: Report) -> None:
+    """Feed the twin with the recorded torques, or with the actions that it holds for ten physics steps."""
+    twin = TwinEnv(task, len(recordings))
     for lane, recording in enumerate(recordings):  # each its own noise
-        obs, info = twin.reset([recording.seed], recording.noise_rad, lanes=np.array([lane]))
+        start = twin.reset([recording.seed], recording.noise_rad, lanes=np.array([lane]))
+    act = twin.step_torque if hold == 1 else twin.step_action
+    held = [recording.torque_nm if hold == 1 else recording.action for recording in recordings]
+    steps = []
+    for k in range(max(map(len, held))):
+        for lane, recording in enumerate(recordings):
+            if k * hold in recording.throws_m_s:
+                twin.ball_site_velocity_w[lane] = recording.throws_m_s[k * hold]
+        steps.append(act(np.stack([values[min(k, len(values) - 1)] for values in held])))
+    score = {f"score {name}": values for name, values in twin.score_terms().items()}
+    score |= {"score": twin.score(), "steps": twin.steps}
     for lane, recording in enumerate(recordings):
-        _check_view(report, recording, lane, 0, obs, info)
-    return twin
-
-
-def _throw_balls(twin: TwinEnv, recordings: list[Recording], before_step: int) -> None:
-    for lane, recording in enumerate(recordings):
-        if before_step in recording.throws_m_s:
-            twin.ball_site_velocity_w[lane] = recording.throws_m_s[before_step]
-
-
-def _check_view(report: Report, recording: Recording, lane: int, n: int, obs: np.ndarray, info: dict) -> None:
-    report.check("obs", recording.obs[n], obs[lane])
-    report.check("info keys", sorted(recording.info) == sorted(info), True)
-    for key, values in recording.info.items():
-        report.check(f"info {key}", values[n], info[key][lane])
-
-
-def _check_step(report: Report, recording: Recording, lane: int, n: int, step: Step, num_steps: int) -> None:
-    """Compare the lane after its `n`-th physics step, `num_steps` of which belong to this call."""
-    _check_view(report, recording, lane, n, step.obs, step.info)
-    report.check("reward term keys", list(recording.terms) == list(step.reward_terms), True)
-    for key, values in recording.terms.items():
-        report.check(f"reward term {key}", values[n - 1], step.reward_terms[key][lane])
-    reward = np.sum(recording.reward[n - num_steps : n].astype(np.float64))
-    report.check("reward", reward, step.reward[lane])
-    report.check("terminated", recording.terminated[n - 1], step.terminated[lane])
-    report.check("truncated", recording.truncated[n - 1], step.truncated[lane])
-
-
-def _check_end(report: Report, recordings: list[Recording], twin: TwinEnv) -> None:
-    found, total = twin.score_terms(), twin.score()
-    for lane, recording in enumerate(recordings):
-        if recording.score:  # the episode ended
-            report.check("steps", len(recording.reward), twin.steps[lane])
-            for name, value in recording.score.items():
-                report.check(f"score {name}", value, found[name][lane])
-            report.check("score", sum(recording.score.values()), total[lane])
+        _compare_lane(report, recording, lane, hold, start, steps[: len(held[lane])])
+        for name, value in recording.score.items():
+            report.check(name, value, score[name][lane])
     twin.close()
 
 
-def compare_torque(task: str, recordings: list[Recording], num_threads: int = 1) -> Report:
-    """The 500 Hz path against recorded episodes, fed with their torques."""
-    report = Report()
-    twin = _start(task, recordings, num_threads, report)
-    for n in range(1, max(len(recording.reward) for recording in recordings) + 1):
-        _throw_balls(twin, recordings, n - 1)
-        step = twin.step_torque(np.stack([r.torque_nm[min(n, len(r.reward)) - 1] for r in recordings]))
-        for lane, recording in enumerate(recordings):
-            if n <= len(recording.reward):
-                _check_step(report, recording, lane, n, step, num_steps=1)
-    _check_end(report, recordings, twin)
-    return report
-
-
-def compare_action(task: str, recordings: list[Recording], num_threads: int = 1) -> Report:
-    """The 50 Hz path against recorded episodes, fed with their actions."""
-    report = Report()
-    twin = _start(task, recordings, num_threads, report)
-    for k in range(max(len(recording.action) for recording in recordings)):
-        before = k * c.PHYSICS_STEPS_PER_ACTION
-        _throw_balls(twin, recordings, before)
-        step = twin.step_action(np.stack([r.action[min(k, len(r.action) - 1)] for r in recordings]))
-        for lane, recording in enumerate(recordings):
-            n = min(before + c.PHYSICS_STEPS_PER_ACTION, len(recording.reward))
-            if n > before:
-                _check_step(report, recording, lane, n, step, num_steps=n - before)
-    _check_end(report, recordings, twin)
-    return report
+def _compare_lane(report: Report, recording: Recording, lane: int, hold: int, start: tuple, steps: list[Step]) -> None:
+    """One lane after its reset and after each call, which made `hold` physics steps or ended within them."""
+    total = len(recording.reward)
+    ends = np.arange(hold, total + hold, hold).clip(max=total)  # physics steps made after each call
+    obs, info = zip(start, *(step[:2] for step in steps))
+    report.check("obs", recording.obs[[0, *ends]], [values[lane] for values in obs])
+    report.check("info keys", sorted(recording.info), sorted(info[0]))
+    for key, values in recording.info.items():
+        report.check(f"info {key}", values[[0, *ends]], [found[key][lane] for found in info])
+    report.check("reward term keys", list(recording.terms), list(steps[0].reward_terms))
+    for key, values in recording.terms.items():
+        report.check(f"reward term {key}", values[ends - 1], [step.reward_terms[key][lane] for step in steps])
+    reward = [np.sum(recording.reward[n : n + hold].astype(np.float64)) for n in range(0, total, hold)]
+    report.check("reward", reward, [step.reward[lane] for step in steps])
+    report.check("terminated", recording.terminated[ends - 1], [step.terminated[lane] for step in steps])
+    report.check("truncated", recording.truncated[ends - 1], [step.truncated[lane] for step in steps])
 
 
 def compare(task: str, source: str, recordings: list[Recording]) -> Report:
     """Both paths, and what happened in the episodes."""
-    report = compare_torque(task, recordings)
-    if len(recordings[0].action):
-        report.add(compare_action(task, recordings))
-    report.episodes = len(recordings)
-    report.steps = sum(len(recording.reward) for recording in recordings)
+    report = Report(len(recordings), sum(len(recording.reward) for recording in recordings))
+    _compare_path(task, recordings, 1, report)
+    if source in ("policy", "launched"):
+        _compare_path(task, recordings, c.PHYSICS_STEPS_PER_ACTION, report)
     for recording in recordings:
         report.events += events(recording)
     return report
@@ -328,62 +277,33 @@ def events(recording: Recording) -> Counter:
 # --- command --------------------------------------------------------------------------------------------
 
 
-class _Job(NamedTuple):
-    task: str
-    source: str
-    seeds: range
-    steps: int
-    checkpoint: Path | None
-
-
-def _run(job: _Job) -> tuple[_Job, Report]:
-    env = official.make(job.task)
-    recordings = [record(env, job.task, job.source, seed, job.steps, job.checkpoint) for seed in job.seeds]
-    return job, compare(job.task, job.source, recordings)
+def _run(task: str, source: str, seeds: range, checkpoint: Path | None) -> Report:
+    env = official.make(task)
+    return compare(task, source, [record(env, task, source, seed, checkpoint=checkpoint) for seed in seeds])
 
 
 def _table(reports: dict[tuple[str, str], Report]) -> Iterator[str]:
-    columns = ("task", "actions", "episodes", "physics steps", "numbers compared", "unequal", "what happened")
-    yield "| " + " | ".join(columns) + " |"
-    yield "|---" * len(columns) + "|"
+    yield "| task | actions | episodes | physics steps | numbers compared | unequal | what happened |"
+    yield "|---" * 7 + "|"
     for (task, source), report in reports.items():
-        unequal = "none"
-        if report.unequal:
-            unequal = "; ".join(
-                f"{name}: {len(differences)} times, up to {max(differences):.1e} relative"
-                for name, differences in report.unequal.items()
-            )
+        unequal = "; ".join(f"{name}: up to {value:.1e} relative" for name, value in report.unequal.items())
         seen = ", ".join(f"{name} {count}" for name, count in report.events.most_common())
-        yield (
-            f"| {task} | {source} | {report.episodes} | {report.steps:,} | {report.values:,} | {unequal} "
-            f"| {seen or 'not ended'} |"
-        )
+        yield (f"| {task} | {source} | {report.episodes} | {report.steps:,} | {report.values:,} "
+               f"| {unequal or 'none'} | {seen} |")  # fmt: skip
 
 
 def main(config: Config) -> bool:
     """Compare, print the table; True if everything is equal."""
-    if config.steps < 1 or config.steps % c.PHYSICS_STEPS_PER_ACTION or min(config.seeds, config.workers) < 1:
-        raise errors.UserError(
-            f"steps ({config.steps}) must be a multiple of {c.PHYSICS_STEPS_PER_ACTION}, "
-            f"seeds ({config.seeds}) and workers ({config.workers}) at least 1"
-        )
-    jobs = [
-        _Job(
-            task,
-            source,
-            range(first, min(first + config.batch, config.seeds)),
-            config.steps,
-            config.checkpoint,
-        )
-        for task, source in itertools.product(c.TASKS, config.sources)
-        for first in range(0, config.seeds, config.batch)
-    ]
-    reports = {(job.task, job.source): Report() for job in jobs}
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as executor:
-        for job, report in executor.map(_run, jobs):
-            reports[job.task, job.source].add(report)
+    if config.seeds < 1:
+        raise errors.UserError(f"--seeds {config.seeds}: give at least 1")
+    reports = {key: Report() for key in itertools.product(c.TASKS, config.sources)}
+    batches = [range(first, min(first + _BATCH, config.seeds)) for first in range(0, config.seeds, _BATCH)]
+    jobs = [(task, source, seeds, config.checkpoint) for task, source in reports for seeds in batches]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
+        for (task, source, seeds, _), report in zip(jobs, executor.map(_run, *zip(*jobs)), strict=True):
+            reports[task, source].add(report)
             verdict = "UNEQUAL" if report.unequal else "equal"
-            print(f"{job.task} {job.source} seeds {job.seeds[0]} to {job.seeds[-1]}: {verdict}", file=sys.stderr)
+            print(f"{task} {source} seeds {seeds[0]} to {seeds[-1]}: {verdict}", file=sys.stderr)
     equal = all(report.equal for report in reports.values())
     print("\n".join(_table(reports)))
     print(f"\n{'equal' if equal else 'NOT equal'}")
@@ -391,4 +311,4 @@ def main(config: Config) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if errors.run(main, tyro.cli(Config)) else 1)
+    sys.exit(0 if errors.run(main, tyro.cli(Config, description=__doc__)) else 1)

@@ -1,0 +1,238 @@
+"""Kill the long stages with SIGKILL at random instants, resume them, and compare with a run never killed.
+
+    python -m tests.long.kill_resume --trials 50
+    python -m tests.long.kill_resume --trials 2 --stages pretrain
+
+Each trial is one run, killed once and started again with the same command. A third of the kills wait until
+something of a saved state is just being written; one in ten may come before the first one is there. The first
+trial gets SIGTERM before, and must end within 10 s. The run never killed and every trial must end with the same
+bits: policy, learner, lanes, random generators and counters. The runs are small, but wrap their buffer,
+randomise, save often, and in fine-tuning thaw layers inside the killed span. Nobody may edit the code meanwhile.
+Exit status 1 if one trial differs.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from booster_soccer import errors
+from booster_soccer.store import checkpoints, resume
+
+ROOT = Path(__file__).parents[2]
+_POLL_S = 0.005
+_LIMIT_S = 1800.0  # no run takes so long, on the slowest machine
+_SIGTERM_LIMIT_S = 10.0
+
+# The commands of every drill: small enough for seconds, and with everything in it that a state must hold.
+_PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
+    --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --evaluation-lanes 3
+    --evaluation-every 400 --log-every 200 --checkpoint-interval-s 0"""
+_FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
+    --freeze-hidden-until 160 --freeze-input-until 320 --updates-per-round 1 --batch-size 32 --buffer-size 150
+    --validation-episodes 2 --confirmation-episodes 2 --validate-every 480 --log-every 120 --device cpu
+    --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state --from-scratch"""
+STAGES = {
+    "pretrain": f"{_PRETRAIN} --engine native --num-envs 8 --checkpoint-every 40".split(),
+    # The other engine, of which one call is 20 actions of every lane; it compiles for minutes.
+    "mjx": f"{_PRETRAIN} --engine mjx --num-envs 4 --checkpoint-every 80 --resume-buffer saved".split(),
+    "finetune": _FINETUNE.split(),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is tried."""
+
+    trials: int = 50  # of each stage
+    stages: tuple[Literal["pretrain", "mjx", "finetune"], ...] = ("pretrain", "finetune")
+    keep: Path | None = None  # new directory for the runs that fail; None: a temporary one, deleted afterwards
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a stage: `start` begins it, or goes on from its saved state."""
+
+    stage: str
+    out: Path
+    place: Path  # of its log, and of the compiled code that all runs share
+
+    @property
+    def state(self) -> Path:
+        """The directory it goes on from."""
+        return self.out.with_name(f"{self.out.name}.resume")
+
+    @property
+    def log(self) -> Path:
+        """What it printed, each time it was started."""
+        return self.place / f"{self.out.name}.log"
+
+    def start(self) -> subprocess.Popen:
+        """Start it in a process group of its own."""
+        # Compiled code is kept between the processes: the same code, and a resumed run starts in seconds.
+        environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(self.place.resolve() / "compiled"), "MUJOCO_GL": "disable",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }  # fmt: skip
+        command = [sys.executable, *STAGES[self.stage], "--out", str(self.out.resolve()), "--resume"]
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def saved(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.state / checkpoints.MANIFEST).exists()
+
+    def writing(self) -> bool:
+        """Whether a saved state, or the policy, is being written or moved right now."""
+        moved = not self.saved() and self.state.with_name(f"{self.state.name}.previous").exists()
+        return moved or any(path.with_name(f"{path.name}.writing").exists() for path in (self.state, self.out))
+
+    def wait(self, process: subprocess.Popen, until: Callable[[], bool]) -> bool:
+        """Wait until something is so; False if the run ended before, `UserError` if with an error."""
+        limit = time.monotonic() + _LIMIT_S
+        while process.poll() is None:
+            if until():
+                return True
+            if time.monotonic() > limit:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(_POLL_S)
+        if process.returncode:
+            raise errors.UserError(f"a run ended with status {process.returncode}: see {self.log}")
+        return False
+
+    def finish(self) -> tuple[float, float]:
+        """Run to the end; returns the seconds to the first saved state, and from there to the end."""
+        process, started = self.start(), time.monotonic()
+        self.wait(process, self.saved)
+        first_saved = time.monotonic()
+        self.wait(process, lambda: False)
+        return first_saved - started, time.monotonic() - first_saved
+
+    def kill(self, delay_s: float, write_s: float | None) -> str:
+        """Start it and kill it `delay_s` after it is under way, or if negative after its start.
+
+        With `write_s` the kill then waits until that long after a state began to be written. Returns what was
+        done, nothing if the run ended before.
+        """
+        process, said = self.start(), self.log.stat().st_size
+        # A resumed run is under way when it says so, a new one when it has saved a state.
+        if delay_s >= 0 and not self.wait(process, lambda: self.saved() and self.log.stat().st_size > said):
+            return ""
+        due = time.monotonic() + abs(delay_s)
+        if not self.wait(process, lambda: time.monotonic() >= due and (write_s is None or self.writing())):
+            return ""
+        time.sleep(write_s or 0.0)
+        doing = "while writing" if self.writing() else "while running"
+        os.killpg(process.pid, signal.SIGKILL)
+        return f"killed at {delay_s:+.1f} s {doing}" if process.wait() == -signal.SIGKILL else ""
+
+    def terminate(self, delay_s: float) -> str:
+        """Start it and send SIGTERM `delay_s` after its first saved state; as `kill`."""
+        process = self.start()
+        if not self.wait(process, self.saved):
+            return ""
+        time.sleep(delay_s)
+        sent = time.monotonic()
+        process.terminate()
+        status, took_s = process.wait(), time.monotonic() - sent
+        if status not in (0, resume.STOPPED) or took_s > _SIGTERM_LIMIT_S:
+            raise errors.UserError(f"SIGTERM: ended after {took_s:.1f} s with status {status}: see {self.log}")
+        return f"SIGTERM, ended after {took_s:.1f} s with status {status}" if status else ""
+
+    def remove(self) -> None:
+        """Delete it and what lies beside it."""
+        for path in (self.out, *self.out.parent.glob(f"{self.out.name}.*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def tables(saved: checkpoints.Checkpoint) -> dict[str, dict[str, np.ndarray]]:
+    """All arrays of a checkpoint but its golden pairs, by the file they lie in."""
+    names = (name.removesuffix(".safetensors") for name in saved.manifest["files"])
+    return {name: checkpoints.load_extra(saved, name) for name in names if name != "golden"}
+
+
+def differences(a: Run, b: Run) -> list[str]:
+    """Names of the final arrays that are not the same to the bit in two runs."""
+
+    def bits(path: Path) -> dict[str, tuple]:
+        return {f"{path.suffix or 'policy'} {table} {name}": (value.shape, value.dtype, value.tobytes())
+                for table, arrays in tables(checkpoints.load(path)).items()
+                if table != "replay"  # where a segment ends depends on the kills
+                for name, value in arrays.items()}  # fmt: skip
+
+    x, y = bits(a.out), bits(b.out)
+    if a.state.exists() or b.state.exists():
+        x, y = x | bits(a.state), y | bits(b.state)
+    return sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
+
+
+def interrupt(run: Run, rng: random.Random, first_s: float, span_s: float, terminates: bool) -> str:
+    """Start a run and kill it, before that with SIGTERM if it `terminates`; returns what was done.
+
+    Seconds: to a run's first state, and from there to its end.
+    """
+    while True:
+        done = [run.terminate(rng.uniform(0, span_s / 2))] if terminates else []
+        if all(done):
+            delay_s = -rng.uniform(0, first_s) if rng.random() < 0.1 else rng.uniform(0, span_s)
+            write_s = rng.uniform(0, 0.03) if delay_s > 0 and rng.random() < 1 / 3 else None
+            done.append(run.kill(delay_s, write_s))
+        if all(done):
+            return ", ".join(done)
+        run.remove()  # it ended before, so this was no kill: the trial starts over, and sooner
+        span_s *= 0.8
+
+
+def try_stage(stage: str, trials: int, place: Path) -> int:
+    """All trials of one stage; returns how many ended with the very bits. One that cannot go on counts as failed."""
+    rng = random.Random(stage)
+    reference, again = (Run(stage, place / f"{stage}-{name}", place) for name in ("never-killed", "again"))
+    times_s = reference.finish()
+    if trials > 1:  # the first run compiled, this one shows how long they take
+        times_s = again.finish()
+        if unequal := differences(reference, again):
+            raise errors.UserError(f"{stage}: two runs never killed differ in {len(unequal)} arrays: {unequal[0]}")
+    print(f"{stage}: {times_s[0]:.1f} s to the first state and {times_s[1]:.1f} s more without a kill", flush=True)
+    good = 0
+    for trial in range(trials):
+        run, done = Run(stage, place / f"{stage}-{trial}", place), ""
+        try:
+            done = interrupt(run, rng, *times_s, terminates=trial == 0)
+            run.finish()
+            unequal = differences(reference, run)
+            verdict = f"{len(unequal)} arrays differ, such as {unequal[0]}" if unequal else "identical"
+        except errors.UserError as error:
+            verdict = f"FAILED: {error}"
+        print(f"{stage} {trial + 1}/{trials}: {done}: {verdict}", flush=True)
+        if verdict == "identical":
+            good += 1
+            run.remove()
+    return good
+
+
+def main(config: Config) -> bool:
+    """Try every stage; returns whether all trials ended with the very bits."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = config.keep or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        if any(place.iterdir()):
+            raise errors.UserError(f"{place} is not empty: give a new directory")
+        good = {stage: try_stage(stage, config.trials, place) for stage in config.stages}
+    for stage, count in good.items():
+        print(f"{stage}: {count} of {config.trials} ended with the very bits of the run never killed")
+    return all(count == config.trials for count in good.values())
+
+
+if __name__ == "__main__":
+    sys.exit(0 if errors.run(main, tyro.cli(Config, description=__doc__)) else 1)
