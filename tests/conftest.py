@@ -1,10 +1,15 @@
 """Shared fixtures: the official environments and models are slow to build, so each is built once."""
 
 import os
+import tempfile
 
 os.environ.setdefault("MUJOCO_GL", "disable")  # tests never render
 # Tests compile more than they compute: MJX takes 22 s of CPU to compile instead of 36 s.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What one test has compiled the next one need not, nor the processes that it starts.
+_COMPILED = tempfile.TemporaryDirectory(prefix="xla-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import gymnasium as gym
 import pytest

@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from booster_soccer.agents.policy import HIDDEN, LOG_STD_CLIP
+from booster_soccer.arrays import check_like
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
 from booster_soccer.preprocess.symmetry import mirror_action
@@ -58,11 +58,6 @@ def between(first_and_last: tuple[float, float], ramp: jax.Array) -> jax.Array:
 # --- networks -----------------------------------------------------------------------------------------------
 
 
-def _output_bias(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    half = shape[0] // 2
-    return jnp.concatenate([jnp.zeros(half, dtype), jnp.full(half, _INITIAL_LOG_STD, dtype)])
-
-
 class Actor(nn.Module):
     """Normalised observation (..., 87) to mean and raw log_std (..., 12) each."""
 
@@ -72,7 +67,8 @@ class Actor(nn.Module):
         x = nn.silu(nn.Dense(HIDDEN, name="hidden")(x))
         # Near-zero start: the first policy is centred on the default pose.
         small = nn.initializers.variance_scaling(1e-4, "fan_in", "truncated_normal")
-        output = nn.Dense(2 * c.NUM_JOINTS, kernel_init=small, bias_init=_output_bias, name="output")
+        start = nn.initializers.constant(np.repeat([0.0, _INITIAL_LOG_STD], c.NUM_JOINTS))
+        output = nn.Dense(2 * c.NUM_JOINTS, kernel_init=small, bias_init=start, name="output")
         mean, log_std = jnp.split(output(x), 2, axis=-1)
         return mean, log_std
 
@@ -292,7 +288,8 @@ class Sac:
         """Fresh state."""
         key, actor_key, critic_key = jax.random.split(key, 3)
         actor, critic = init_actor(actor_key), init_critics(critic_key)
-        log_alpha = jnp.log(jnp.array(self.config.initial_temperature))
+        # Typed: a bare Python number would make the first update another program than all that follow.
+        log_alpha = jnp.log(jnp.float32(self.config.initial_temperature))
         return SacState(
             actor=actor,
             policy=jax.tree.map(jnp.copy, actor),
@@ -447,11 +444,7 @@ def state_arrays(state: SacState) -> dict[str, np.ndarray]:
 
 def restore(state: SacState, arrays: dict[str, np.ndarray]) -> SacState:
     """The learner's state from `state_arrays`, in the structure of a fresh `state`."""
-    template = state._replace(key=jax.random.key_data(state.key))
-    leaves, structure = jax.tree.flatten(template)
-    loaded = [arrays.get(f"leaf_{i:03d}") for i in range(len(leaves))]
-    for leaf, array in zip(leaves, loaded):
-        if array is None or (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-            raise UserError("the saved learner is another network's: use the code that wrote it, or another --out")
-    restored = jax.tree.unflatten(structure, [jnp.array(array) for array in loaded])
+    check_like(arrays, state_arrays(state), "the saved learner")
+    leaves = [jnp.array(arrays[name]) for name in sorted(arrays)]
+    restored = jax.tree.unflatten(jax.tree.structure(state), leaves)
     return restored._replace(key=jax.random.wrap_key_data(restored.key))
