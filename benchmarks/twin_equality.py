@@ -260,14 +260,13 @@ def _check_step(report: Report, recording: Recording, lane: int, n: int, step: S
     report.check("truncated", recording.truncated[n - 1], step.truncated[lane])
 
 
-def _check_end(report: Report, recordings: list[Recording], twin: TwinEnv) -> None:
-    found, total = twin.score_terms(), twin.score()
+def _check_end(report: Report, recordings: list[Recording], twin: TwinEnv, step: Step) -> None:
     for lane, recording in enumerate(recordings):
         if recording.score:  # the episode ended
             report.check("steps", len(recording.reward), twin.steps[lane])
+            found = score_terms(twin.task, {name: values[lane] for name, values in step.reward_terms.items()})
             for name, value in recording.score.items():
-                report.check(f"score {name}", value, found[name][lane])
-            report.check("score", sum(recording.score.values()), total[lane])
+                report.check(f"score {name}", value, found[name])
     twin.close()
 
 
@@ -281,7 +280,7 @@ def compare_torque(task: str, recordings: list[Recording], num_threads: int = 1)
         for lane, recording in enumerate(recordings):
             if n <= len(recording.reward):
                 _check_step(report, recording, lane, n, step, num_steps=1)
-    _check_end(report, recordings, twin)
+    _check_end(report, recordings, twin, step)
     return report
 
 
@@ -297,7 +296,7 @@ def compare_action(task: str, recordings: list[Recording], num_threads: int = 1)
             n = min(before + c.PHYSICS_STEPS_PER_ACTION, len(recording.reward))
             if n > before:
                 _check_step(report, recording, lane, n, step, num_steps=n - before)
-    _check_end(report, recordings, twin)
+    _check_end(report, recordings, twin, step)
     return report
 
 

@@ -17,7 +17,6 @@ from benchmarks import twin_equality
 from booster_soccer.agents.policy import NumpyPolicy
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, twin
-from booster_soccer.envs.official import Episode
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.envs.twin_gym import TwinVectorEnv
 from booster_soccer.errors import UserError
@@ -152,22 +151,6 @@ def test_time_is_up_after_5000_physics_steps():
     step = env.step_action(action)
     assert step.truncated.tolist() == [True, False] and not step.terminated.any()
     assert env.steps.tolist() == [c.EPISODE_PHYSICS_STEPS, 20]
-    assert np.isnan(env.score()).tolist() == [False, True]
-    assert env.score_terms()["steps"][0] == -1.0
-
-
-@pytest.mark.parametrize("task", c.TASKS)
-def test_run_task_gives_the_results_of_run_episode(task):
-    seeds = [official.match_seed(3, i) for i in range(2)]
-    found = twin.run_task(task, random_policy(), seeds, start_noise_rad=0.02, num_threads=2)
-    expected = [official.run_episode(official_env(task), task, random_policy(), seed, 0.02) for seed in seeds]
-    assert found == expected
-
-
-def test_float64_actions_are_taken_as_they_are():
-    """`hold_default_pose` returns float64: its torque is then float64 in `run_episode`, and so here."""
-    found = twin.run_task("goalie", official.hold_default_pose, [3])
-    assert found == [official.run_episode(official_env("goalie"), "goalie", official.hold_default_pose, 3)]
 
 
 def test_joint_targets_are_held_by_the_pd_law_at_every_physics_step():
@@ -179,19 +162,6 @@ def test_joint_targets_are_held_by_the_pd_law_at_every_physics_step():
         step = torque.step_torque(pd.torque_nm(target, obs[:, :12], obs[:, 12:24], np))
         obs = step.obs
     assert_same_lane(held.step_target(target)._replace(reward=step.reward), 0, step, 0)
-
-
-def test_run_episodes_keeps_the_order_and_the_numbers():
-    episodes = [Episode("target", 5), Episode("goalie", 4), Episode("target", 6)]
-    arrived = []
-
-    def progress(results):
-        for result in results:
-            arrived.append(result)
-            yield result
-
-    found = twin.run_episodes(None, episodes, workers=1, progress=progress)
-    assert found == arrived == [official.run_episode(official_env(e.task), e.task, None, e.seed) for e in episodes]
 
 
 # --- lanes ----------------------------------------------------------------------------------------------
@@ -228,7 +198,7 @@ def test_any_number_of_threads_gives_the_same_bits(task, tmp_path, monkeypatch):
             assert_same_bits(result, results[0])
         for env in envs[1:]:
             assert_same_bits(
-                [env.qpos, env.score_terms(), *env.shot], [envs[0].qpos, envs[0].score_terms(), *envs[0].shot]
+                [env.qpos, env._reward_terms, *env.shot], [envs[0].qpos, envs[0]._reward_terms, *envs[0].shot]
             )
     assert ended > num_lanes // 4
     for env in envs:
@@ -260,7 +230,6 @@ def test_an_ended_lane_is_frozen_and_resets_alone():
     second = env.step_action(action)
     assert second.reward[1] == 0.0
     assert_same_lane(second._replace(reward=first.reward), 1, first, 1)
-    assert np.isfinite(env.score()).tolist() == [False, True, False]
 
     obs, info = env.reset([7], lanes=np.array([False, True, False]))
     fresh_obs, _ = TwinEnv("target", 1).reset([7])
@@ -430,15 +399,3 @@ def test_another_mujoco_is_named(monkeypatch):
     monkeypatch.setattr("booster_soccer.envs.scene.check_mujoco_version.__defaults__", ("3.4.0",))
     with pytest.raises(UserError, match="mujoco 3.4.0 cannot load"):
         TwinEnv("target", 1)
-
-
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (lambda obs: np.full(c.NUM_JOINTS, np.nan), "returned NaN or infinity in task 'target', seed 9"),
-        (lambda obs: np.zeros(24), r"returned shape \(24,\) instead of \(12,\) in task 'target', seed 9"),
-    ],
-)
-def test_a_broken_policy_is_named(policy, message):
-    with pytest.raises(UserError, match=message):
-        twin.run_task("target", policy, [9])
