@@ -7,59 +7,58 @@ import pytest
 import torch
 
 import finetune_ddpg as stage
+from booster_soccer.agents import ddpg
+from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig
 from booster_soccer.agents.policy import LAYERS, policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.preprocess.symmetry import mirror_action, mirror_observation
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
+from booster_soccer.preprocess.symmetry import mirror_action
+from booster_soccer.rollout.judge import Scores, gain
 from booster_soccer.store import checkpoints
+from booster_soccer.store.replay import Replay
+from booster_soccer.store.run import RecordConfig
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
-SMALL = {
-    "total_steps": 60, "num_lanes": 3, "warmup_steps": 30, "warmup_updates": 2, "freeze_hidden_until": 20,
-    "freeze_input_until": 40, "updates_per_round": 1, "batch_size": 16, "buffer_size": 64, "actor_every": 1,
-    "validation_episodes": 2, "confirmation_episodes": 2, "validate_every": 60, "log_every": 15, "device": "cpu",
-}  # fmt: skip
+SMALL = replace(
+    stage.PRESETS["scratch"], total_steps=60, num_lanes=3, warmup_steps=30, warmup_updates=2, updates_per_round=1,
+    batch_size=16, buffer_size=64, validation_episodes=2, confirmation_episodes=2, device="cpu",
+    ddpg=DdpgConfig(freeze_hidden_until=20, freeze_input_until=40, actor_every=1, actor_learning_rate=3e-4),
+    records=RecordConfig(log_every=15, judge_every=60),
+)  # fmt: skip
 
 
-def config(out, **changes) -> stage.Config:
-    return stage.resolve(stage.Config(out, **({"from_scratch": True} | SMALL | changes)))
-
-
-def batch(size: int = 32, seed: int = 0) -> stage.Batch:
+def batch(size: int = 32, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     rows = (
-        rng.normal(size=(size, OBS_SIZE)),
+        rng.normal(size=(size, CRITIC_OBS_SIZE)),
         rng.uniform(-1, 1, (size, c.NUM_JOINTS)),
         rng.normal(size=size),
-        rng.normal(size=(size, OBS_SIZE)),
+        rng.normal(size=(size, CRITIC_OBS_SIZE)),
         rng.integers(2, size=size),
     )
-    return stage.Batch(*(torch.as_tensor(row, dtype=torch.float32) for row in rows))
+    return Batch(*(torch.as_tensor(row, dtype=torch.float32) for row in rows))
 
 
-def learner(tmp_path, mean=MEAN, scale=SCALE, **changes) -> stage.Learner:
-    arrays = stage.random_arrays(0, mean, scale)
-    return stage.Learner(config(tmp_path / "out", **changes), arrays, mean, scale)
+def learner(mean=MEAN, scale=SCALE, **changes) -> Ddpg:
+    return Ddpg(replace(SMALL.ddpg, **changes), ddpg.random_arrays(0, mean, scale), mean, scale)
 
 
 # --- the learner --------------------------------------------------------------------------------------
 
 
 def test_freeze_schedule():
-    schedule = stage.Config(None, freeze_hidden_until=20_000, freeze_input_until=50_000)
     expected = {0: 1, 19_999: 1, 20_000: 2, 49_999: 2, 50_000: 3, 10**6: 3}
-    for step, layers in expected.items():
-        assert stage.trainable_layers(step, schedule) == LAYERS[-layers:]
-    for preset in ("cpu", "l4"):
-        resolved = stage.resolve(stage.Config(None, checkpoint="x", preset=preset))
-        assert (resolved.freeze_hidden_until, resolved.freeze_input_until) == (20_000, 50_000)
+    for preset in ("cpu", "l4", "h200"):
+        for step, layers in expected.items():
+            assert ddpg.trainable_layers(step, stage.PRESETS[preset].ddpg) == LAYERS[-layers:]
 
 
 @pytest.mark.parametrize("trained", [(), LAYERS[2:], LAYERS[1:], LAYERS])
-def test_frozen_layers_do_not_change_by_a_bit(tmp_path, trained):
+def test_frozen_layers_do_not_change_by_a_bit(trained):
     rng = np.random.default_rng(3)
-    subject = learner(tmp_path, rng.normal(size=OBS_SIZE), rng.uniform(0.1, 5, OBS_SIZE))
+    subject = learner(rng.normal(size=OBS_SIZE), rng.uniform(0.1, 5, OBS_SIZE))
     before = subject.arrays()
     for seed in range(4):
         subject.update(batch(seed=seed), trained)
@@ -71,9 +70,9 @@ def test_frozen_layers_do_not_change_by_a_bit(tmp_path, trained):
     assert not np.array_equal(before["critic.0.input.weight"], after["critic.0.input.weight"])
 
 
-def test_thawing_later_leaves_no_trace_of_freezing(tmp_path):
+def test_thawing_later_leaves_no_trace_of_freezing():
     """A layer that thaws starts with fresh optimiser moments: its first step has Adam's full length."""
-    subject = learner(tmp_path)
+    subject = learner()
     for seed in range(3):
         subject.update(batch(seed=seed), LAYERS[2:])
     before = subject.arrays()["actor.hidden.weight"]
@@ -97,35 +96,46 @@ def test_steps_are_those_of_a_network_on_normalized_inputs():
             optimizer.zero_grad()
             (layer(inputs).sin() ** 2).sum().backward()
             if layer is raw:
-                stage.step_as_if_normalized(optimizer, [layer], mean, scale)
+                ddpg.step_as_if_normalized(optimizer, [layer], mean, scale)
             else:
                 optimizer.step()
         torch.testing.assert_close(raw(x), normalized((x - mean) / scale), rtol=0, atol=1e-9)
 
 
-def test_only_a_true_end_stops_the_bootstrap(tmp_path):
-    subject = learner(tmp_path, discount=0.9)
+def test_only_a_true_end_stops_the_bootstrap():
+    subject = learner(discount=0.9)
     rows = batch(size=2)._replace(reward=torch.tensor([1.0, 1.0]), terminated=torch.tensor([1.0, 0.0]))
     with torch.no_grad():
-        action = subject.target_actor(rows.next_obs)
-        next_value = torch.minimum(*(critic(rows.next_obs, action) for critic in subject.target_critics))[1].item()
+        action = subject.target_actor(rows.next_critic_obs[:, :OBS_SIZE])
+        both = (critic(rows.next_critic_obs, action) for critic in subject.target_critics)
+        next_value = torch.minimum(*both)[1].item()
     value = subject.update(rows, ())["value"].item()
     assert value == pytest.approx((1.0 + (1.0 + 0.9 * next_value)) / 2, abs=1e-6)
 
 
-def test_updates_fit_the_values_and_climb_them(tmp_path):
+def test_updates_fit_the_values_and_climb_them():
     """On a one-step problem whose reward is the first action, the critics find it and the actor follows."""
-    subject = learner(tmp_path, actor_learning_rate=1e-3, critic_learning_rate=1e-3)
+    subject = learner(actor_learning_rate=1e-3, critic_learning_rate=1e-3)
     for seed in range(400):
         rows = batch(64, seed)
         rows = rows._replace(reward=rows.action[:, 0], terminated=torch.ones(64))
         loss = subject.update(rows, LAYERS)["critic_loss"].item()
     assert loss < 0.05  # it starts near 0.7
-    assert subject.act(batch(seed=999).obs.numpy())[:, 0].mean() > 0.5
+    assert subject.act(batch(seed=999).critic_obs[:, :OBS_SIZE].numpy())[:, 0].mean() > 0.5
 
 
-def test_targets_follow_slowly(tmp_path):
-    subject = learner(tmp_path, target_tau=0.25)
+def test_critics_learn_what_the_policy_cannot_see():
+    """The reward is a privileged number: the critics find it, though the policy's observation says nothing of it."""
+    subject = learner(critic_learning_rate=1e-3)
+    for seed in range(300):
+        rows = batch(64, seed)
+        rows = rows._replace(reward=rows.critic_obs[:, OBS_SIZE], terminated=torch.ones(64))
+        loss = subject.update(rows, ())["critic_loss"].item()
+    assert loss < 0.2  # of two critics, for a reward of variance 1
+
+
+def test_targets_follow_slowly():
+    subject = learner(target_tau=0.25)
     before = subject.arrays()
     subject.update(batch(), ())
     after = subject.arrays()
@@ -138,7 +148,7 @@ def test_random_networks_see_normalized_observations():
     rng = np.random.default_rng(5)
     mean, scale = rng.normal(0, 10, OBS_SIZE), rng.uniform(0.1, 8, OBS_SIZE)
     x = rng.normal(size=(4, OBS_SIZE))
-    plain, folded = (policy_from_arrays(stage.random_arrays(1, *how)) for how in ((MEAN, SCALE), (mean, scale)))
+    plain, folded = (policy_from_arrays(ddpg.random_arrays(1, *how)) for how in ((MEAN, SCALE), (mean, scale)))
     np.testing.assert_allclose(plain(x), folded(mean + scale * x), rtol=0, atol=1e-5)
     assert np.abs(plain(x)).max() < 0.02
 
@@ -146,145 +156,196 @@ def test_random_networks_see_normalized_observations():
 # --- the buffer ---------------------------------------------------------------------------------------
 
 
-def rows(count: int, first: int = 0) -> dict[str, np.ndarray]:
-    number = np.arange(first, first + count, dtype=np.float32)
+class Somewhere:
+    """Just enough of a run for `Finetuning` to sample."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+
+def sampling(row: dict[str, np.ndarray], steps: int, **changes) -> Batch:
+    config = replace(SMALL, **changes)
+    subject = stage.Finetuning(config, Somewhere(steps), None, None)
+    subject.learner = learner()
+    subject.replay = Replay(64, stage._ROW_SHAPES)
+    subject.replay.add(**row)
+    return subject.sample()
+
+
+def rows(count: int) -> dict[str, np.ndarray]:
+    number = np.arange(count, dtype=np.float32)
     return {
-        "obs": np.tile(number[:, None], OBS_SIZE),
+        "critic_obs": np.tile(number[:, None], CRITIC_OBS_SIZE),
         "action": np.zeros((count, c.NUM_JOINTS)),
         "dense": number,
         "score": 10 * number,
-        "next_obs": np.tile(number[:, None] + 1, OBS_SIZE),
+        "next_critic_obs": np.tile(number[:, None] + 1, CRITIC_OBS_SIZE),
         "terminated": number % 2,
     }
 
 
-def test_the_ring_forgets_the_oldest():
-    replay = stage.Replay(4, stage._ROW_SHAPES)
-    replay.add(**rows(3))
-    assert len(replay) == 3
-    replay.add(**rows(3, first=3))
-    assert len(replay) == 4
-    assert sorted(replay.arrays["dense"]) == [2, 3, 4, 5]
-
-
-def test_rewards_are_mixed_when_sampled():
-    replay = stage.Replay(8, stage._ROW_SHAPES)
-    replay.add(**rows(8))
-    sample = stage.sample(replay, np.random.default_rng(0), 64, 0.3, 0.7, mirror=False)
-    number = sample["obs"][:, 0]
-    assert set(sample) == set(stage.Batch._fields)
-    np.testing.assert_allclose(sample["reward"], 0.3 * number + 0.7 * 10 * number, rtol=1e-6)
-    np.testing.assert_array_equal(sample["next_obs"][:, 5], number + 1)
-    np.testing.assert_array_equal(sample["terminated"], number % 2)
+@pytest.mark.parametrize(("steps", "alpha", "beta"), [(0, 1.0, 0.1), (30, 0.55, 0.55), (60, 0.1, 1.0)])
+def test_rewards_are_mixed_when_sampled(steps, alpha, beta):
+    sample = sampling(rows(8), steps, mirror=False, batch_size=64)
+    number = sample.critic_obs[:, 0].numpy()
+    np.testing.assert_allclose(sample.reward, alpha * number + beta * 10 * number, rtol=1e-5)
+    np.testing.assert_array_equal(sample.next_critic_obs[:, 5], number + 1)
+    np.testing.assert_array_equal(sample.terminated, number % 2)
 
 
 def test_half_of_a_sample_is_mirrored():
-    rng = np.random.default_rng(1)
-    row = rows(1) | {name: rng.normal(size=(1, OBS_SIZE)).astype(np.float32) for name in ("obs", "next_obs")}
+    rng, names = np.random.default_rng(1), ("critic_obs", "next_critic_obs")
+    row = rows(1) | {name: rng.normal(size=(1, CRITIC_OBS_SIZE)).astype(np.float32) for name in names}
     row["action"] = rng.normal(size=(1, c.NUM_JOINTS)).astype(np.float32)
-    replay = stage.Replay(1, stage._ROW_SHAPES)
-    replay.add(**row)
-    sample = stage.sample(replay, rng, 4, 1.0, 1.0, mirror=True)
-    for name, mirror in (("obs", mirror_observation), ("next_obs", mirror_observation), ("action", mirror_action)):
-        np.testing.assert_array_equal(sample[name], np.concatenate([*2 * [mirror(row[name])], *2 * [row[name]]]))
+    sample = sampling(row, 0, mirror=True, batch_size=4)
+    mirrors = dict.fromkeys(names, mirror_critic_observation) | {"action": mirror_action}
+    for name, mirror in mirrors.items():
+        expected = np.concatenate([*2 * [mirror(row[name])], *2 * [row[name]]])
+        np.testing.assert_array_equal(getattr(sample, name), expected)
 
 
 # --- judging ------------------------------------------------------------------------------------------
 
 
-def test_a_gain_must_exceed_its_standard_error():
+def test_a_gain_and_its_standard_error_by_hand():
     start = np.zeros((3, 4))
-    assert not stage.is_better(start, start)
-    assert stage.is_better(start + 0.1, start)
-    assert not stage.is_better(start - 0.1, start)
+    assert gain(start + 0.1, start) == pytest.approx((0.1, 0.0))
     lucky = start.copy()
     lucky[0, 0] = 3.0  # one episode of twelve
     # Variance of (3, 0, 0, 0) is 2.25; its mean's is 2.25 / 4; of the mean of three tasks, a ninth of that.
-    assert stage.gain(lucky, start) == pytest.approx((0.25, 0.25))
-    assert not stage.is_better(lucky, start)
+    assert gain(lucky, start) == pytest.approx((0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> checkpoints.Checkpoint:
+    path = tmp_path_factory.mktemp("start") / "converted"
+    obs = np.random.default_rng(0).normal(size=(checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
+    checkpoints.save(path, "converted", ddpg.random_arrays(2, MEAN, SCALE), obs, {}, 0, 500, [], {})
+    return checkpoints.load(path)
+
+
+class Judge:
+    """Stands in for the twin: the start scores 0 on any seeds, a candidate what is given for each purpose."""
+
+    def __init__(self, start: checkpoints.Checkpoint, validation: float, fresh: float):
+        self.start = policy_from_arrays(start.arrays)
+        self.by_purpose, self.first_seeds = (validation, fresh), None
+
+    def __call__(self, policy, seeds, start_noise_rad) -> Scores:
+        self.first_seeds = self.first_seeds or seeds
+        is_start = all(np.array_equal(a, b) for a, b in zip(policy.kernels, self.start.kernels))
+        score = 0.0 if is_start else self.by_purpose[seeds != self.first_seeds]
+        table = np.full((c.NUM_TASKS, len(seeds)), score)
+        return Scores(table, table, table, table)
+
+
+@pytest.mark.parametrize(
+    ("validation", "fresh", "result"),
+    [(-0.1, 1.0, "start"), (0.5, -0.1, "start"), (0.5, 0.0, "start"), (0.5, 0.2, "candidate")],
+)
+def test_the_result_is_never_below_the_start(converted, tmp_path, monkeypatch, validation, fresh, result):
+    """A candidate must be better in validation, and again on seeds that chose nothing; else the start comes back."""
+    monkeypatch.setattr(stage, "judge", Judge(converted, validation, fresh))
+    config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
+    finetuned = checkpoints.load(stage.main(config), ("finetuned",))
+    assert finetuned.manifest["parents"] == [{"stage": "converted", "hash": converted.hash}]
+    assert finetuned.manifest["steps"] == 560
+    metrics = finetuned.manifest["metrics"]
+    assert metrics["result"] == result
+    for name in (name for name in converted.arrays if name.startswith("actor")):
+        same = np.array_equal(finetuned.arrays[name], converted.arrays[name])
+        assert same == (result == "start"), name
+    if validation > 0:
+        assert metrics["gain"] == pytest.approx(fresh) and metrics["candidate_step"] == 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.metrics.jsonl"]
 
 
 # --- runs ---------------------------------------------------------------------------------------------
 
 
-def test_a_tiny_run_from_a_checkpoint(tmp_path, capsys):
-    """Its end is never below its start, and the start's actor comes back untouched if nothing was better."""
-    arrays = stage.random_arrays(2, MEAN, SCALE)
-    obs = np.random.default_rng(0).normal(size=(checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
-    actions = policy_from_arrays(arrays)(obs).astype(np.float32)
-    start = tmp_path / "converted"
-    checkpoints.save(start, "converted", arrays, obs, actions, {}, 0, 500, None, {})
-    path = stage.main(stage.Config(tmp_path / "out", checkpoint=start, backend="official", **SMALL))
+def test_a_tiny_run_in_the_official_environments(converted, tmp_path, capsys):
+    """With its own judge, the twin, from end to end; a finished run is recognised, another is refused."""
+    config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False, backend="official")
+    path = stage.main(config)
     assert capsys.readouterr().out.rstrip().endswith(str(path))
-    result = checkpoints.load(path, ("finetuned",))
-    assert result.manifest["parent"]["hash"] == checkpoints.load(start).hash
-    assert result.manifest["steps"] == 560
-    metrics = result.manifest["metrics"]
-    validation = metrics["validation"]
-    if metrics["result"] == "start":
-        for name in (name for name in arrays if name.startswith("actor")):
-            np.testing.assert_array_equal(result.arrays[name], arrays[name])
-    else:
-        assert metrics["confirmation"]["gain"] > metrics["confirmation"]["standard_error"]
-        assert validation["candidate"]["mean"] > validation["start"]["mean"]
-    with pytest.raises(UserError, match="already holds a checkpoint"):
-        stage.main(stage.Config(path, checkpoint=start, **SMALL))
-    assert stage.main(stage.Config(path, checkpoint=start, resume=True, **SMALL)) == path
+    with pytest.raises(UserError, match="holds a run: give --resume"):
+        stage.main(config)
+    before = checkpoints.load(path).hash
+    assert stage.main(replace(config, resume=True)) == path
+    assert "is finished already" in capsys.readouterr().out
+    assert checkpoints.load(path).hash == before
 
 
 class Killed(Exception):
     """The machine was taken away."""
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    whole = checkpoints.load(stage.main(stage.Config(tmp_path / "whole", from_scratch=True, **SMALL)))
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
+    monkeypatch.setattr(stage, "judge", Judge(converted, 0.0, 0.0))
+    whole = replace(SMALL, out=tmp_path / "whole")
+    result = checkpoints.load(stage.main(whole))
 
     save = stage.Run.save
 
-    def save_and_die(run, *arguments):
-        save(run, *arguments)
-        if run.step >= 45:  # in the middle of episodes
+    def save_and_die(run, subject):
+        save(run, subject)
+        if run.steps >= 45:  # in the middle of episodes
             raise Killed
 
-    often = {"checkpoint_every": 15, "checkpoint_interval_s": 0.0}
-    killed = stage.Config(tmp_path / "killed", from_scratch=True, **SMALL, **often)
+    often = replace(SMALL.records, checkpoint_every=15, checkpoint_interval_s=0.0)
+    killed = replace(SMALL, out=tmp_path / "killed", records=often)
     with monkeypatch.context() as patch:
         patch.setattr(stage.Run, "save", save_and_die)
         with pytest.raises(Killed):
             stage.main(killed)
     assert not killed.out.exists()
-    with pytest.raises(UserError, match="unfinished run: give --resume"):
+    with pytest.raises(UserError, match="holds a run: give --resume"):
         stage.main(killed)
-    with pytest.raises(UserError, match="run with discount = 0.995, not 0.9"):
-        stage.main(replace(killed, resume=True, discount=0.9))
+    with pytest.raises(UserError, match="run with ddpg.discount = 0.995, not 0.9"):
+        stage.main(replace(killed, resume=True, ddpg=replace(killed.ddpg, discount=0.9)))
     resumed = checkpoints.load(stage.main(replace(killed, resume=True)))
-
-    # The history holds losses, values and rewards of every line: equal to the last digit.
-    assert len(whole.manifest["metrics"]["history"]) == 1 + 4 + 1  # warm-up, lines, validation
-    for name in ("history", "result", "validation", "finetune_steps"):
-        assert resumed.manifest["metrics"][name] == whole.manifest["metrics"][name], name
-    for name, value in whole.arrays.items():
+    for name, value in result.arrays.items():
         np.testing.assert_array_equal(resumed.arrays[name], value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert resumed.manifest["metrics"] == result.manifest["metrics"]
+    # Losses, values and rewards of every line: equal to the last digit written.
+    lines = [[line for line in (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines() if "reward/dense" in line]
+             for name in ("whole", "killed")]  # fmt: skip
+    assert len(lines[0]) == 1 + 4  # warm-up, and every 15 steps
+    assert [line.partition("reward/")[2] for line in lines[0]] == [line.partition("reward/")[2] for line in lines[1]]
+
+
+def test_a_diverged_run_ends_with_what_was_best_before(converted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "judge", Judge(converted, 0.0, 0.0))
+    update = Ddpg.update
+
+    def diverging(self, batch, layers):
+        metrics = update(self, batch, layers)
+        return metrics | {"critic_loss": metrics["critic_loss"] * (np.nan if self.updates > 8 else 1.0)}
+
+    monkeypatch.setattr(Ddpg, "update", diverging)
+    config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
+    result = checkpoints.load(stage.main(config))
+    assert result.manifest["metrics"]["diverged_before_step"] == 30
+    assert "warning: training diverged before step 30" in capsys.readouterr().err
+    np.testing.assert_array_equal(result.arrays["actor.output.weight"], converted.arrays["actor.output.weight"])
 
 
 def test_bad_input(tmp_path):
-    out = tmp_path / "out"
+    fine = replace(SMALL, out=tmp_path / "out")
     for wrong, message in (
-        ({}, "give either --checkpoint DIR or --from-scratch"),
-        ({"checkpoint": tmp_path, "from_scratch": True}, "give either --checkpoint DIR or --from-scratch"),
-        ({"from_scratch": True, "preset": "huge"}, "--preset huge is unknown: use one of demo, cpu, l4"),
-        ({"from_scratch": True, "num_lanes": 4}, "multiple of 3"),
-        ({"from_scratch": True, "batch_size": 0}, "--batch-size must be at least 1"),
-        ({"from_scratch": True, "warmup_steps": 10, "batch_size": 20}, "--warmup-steps must be at least batch_size"),
-        ({"from_scratch": True, "discount": 1.0}, "--discount must lie between 0 and 1"),
-        ({"checkpoint": tmp_path / "nowhere"}, "is not there"),
-        ({"checkpoint": tmp_path}, "is no checkpoint"),
+        ({"from_scratch": False}, "give either --checkpoint DIR, or --preset scratch"),
+        ({"checkpoint": tmp_path}, "give either --checkpoint DIR, or --preset scratch"),
+        ({"num_lanes": 4}, "multiple of 3"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"warmup_steps": 10, "batch_size": 20}, "--warmup-steps must be at least batch_size"),
+        ({"ddpg": DdpgConfig(discount=1.0)}, "--discount must lie between 0 and 1"),
+        ({"from_scratch": False, "checkpoint": tmp_path / "nowhere"}, "is not there"),
+        ({"from_scratch": False, "checkpoint": tmp_path}, "is no checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
-            stage.main(stage.Config(out, **wrong))
-    out.mkdir()
-    (out / "thesis.txt").write_text("do not touch")
+            stage.main(replace(fine, **wrong))
+    fine.out.mkdir()
+    (fine.out / "thesis.txt").write_text("do not touch")
     with pytest.raises(UserError, match="holds something else"):
-        stage.main(stage.Config(out, from_scratch=True, **SMALL))
-    assert (out / "thesis.txt").read_text() == "do not touch"
+        stage.main(fine)
+    assert (fine.out / "thesis.txt").read_text() == "do not touch"
