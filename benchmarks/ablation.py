@@ -3,15 +3,15 @@
     python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
 
 Each run is a pre-training from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is not run
-again, so the same command goes on. Output: a table of each arm's last evaluations (our scene, nominal physics,
-official starts with joint noise); `evaluate.py --backend twin` scores a run's policy as the platform does, where the
-arm changed no code. Nothing else may use the run's cores: the arms share wall time, not steps.
+again, so the same command goes on. Output: a table of each arm's last judgements, the official score on the twin; an
+arm that changes the code is judged by that code. Nothing else may use the run's cores: the arms share wall time, not
+steps.
 """
 
 import multiprocessing
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +22,29 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.learning import read_evaluations  # noqa: E402
+from benchmarks.learning import read_judgements  # noqa: E402
 from booster_soccer import errors  # noqa: E402
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError  # noqa: E402
+from booster_soccer.store.manifests import MANIFEST
 
-_LAST = 3  # evaluations that are averaged
-_EVALUATION_EVERY = 200_000
+_LAST = 3  # judgements that are averaged
+_JUDGE_EVERY = 200_000
 
 
 def _world_axes() -> None:
     """The official layout's fault: positions along world axes, while the robot's heading stays unknown."""
-    from booster_soccer.preprocess import observation
-    from booster_soccer.rollout import episode
+    from booster_soccer.preprocess import observation, privileged
 
     def unturned(quat_wxyz, xp):
         return xp.ones_like(quat_wxyz[..., 0]), xp.zeros_like(quat_wxyz[..., 0])
 
-    observation.heading_cos_sin = episode.heading_cos_sin = unturned
+    observation.heading_cos_sin = privileged.heading_cos_sin = unturned
 
 
 def _no_normalizer() -> None:
     """Observations as they are, but for the gains."""
-    from booster_soccer.agents.sac_networks import Normalizer
+    from booster_soccer.agents.sac import Normalizer
 
     Normalizer.update = lambda self, obs: self
 
@@ -56,19 +56,17 @@ def _scale_actions(factor: float) -> Callable[[], None]:
     return change
 
 
-# Name: what is changed in the code of the arm's own process, and in the configuration.
-ARMS: dict[str, tuple[Callable[[], None] | None, dict]] = {
-    "base": (None, {}),
-    "updates-4": (None, {"updates_per_iteration": 4}),
-    "fall-share-0.3": (None, {"fall_share": (0.3, 1.0)}),
-    "discount-0.98": (None, {"discount": (0.98, 0.99)}),
-    "task-share-last": (None, {"first_task_share": (0.2, 0.2, 0.6)}),
-    "world-axes": (_world_axes, {}),
-    "no-normalizer": (_no_normalizer, {}),
-    "action-scale-half": (_scale_actions(0.5), {}),
-    "dr-1": (None, {"dr_level": 1}),
-    "dr-2": (None, {"dr_level": 2}),
-    "dr-3": (None, {"dr_level": 3}),
+# Name: what is changed in the code of the arm's own process, and in the collecting and the learner's settings.
+ARMS: dict[str, tuple[Callable[[], None] | None, dict, dict]] = {
+    "base": (None, {}, {}),
+    "updates-4": (None, {"updates_per_iteration": 4}, {}),
+    "fall-share-0.3": (None, {"fall_share": (0.3, 1.0)}, {}),
+    "discount-0.98": (None, {}, {"discount": (0.98, 0.99)}),
+    "task-share-last": (None, {"first_task_share": (0.2, 0.2, 0.6)}, {}),
+    "world-axes": (_world_axes, {}, {}),
+    "no-normalizer": (_no_normalizer, {}, {}),
+    "action-scale-half": (_scale_actions(0.5), {}, {}),
+    **{f"dr-{level}": (None, {"dr_level": level}, {}) for level in (1, 2, 3)},
 }
 
 
@@ -83,25 +81,30 @@ class Config:
     preset: str = "cpu"
 
 
+def settings(arm: str, seed: int, config: Config):
+    """The configuration of a run."""
+    import train_mjx_sac
+
+    base, (_, collect, sac) = train_mjx_sac.PRESETS[config.preset], ARMS[arm]
+    return replace(
+        base,
+        out=config.out / f"{arm}-{seed}",
+        seed=seed,
+        collect=replace(base.collect, **collect),
+        sac=replace(base.sac, **sac),
+        records=replace(base.records, judge_every=_JUDGE_EVERY),
+        judge_episodes=64,
+        time_limit_s=60.0 * config.minutes,
+    )
+
+
 def run_arm(arm: str, seed: int, config: Config) -> None:
     """One run; in a process of its own, because the change stays."""
-    change, settings = ARMS[arm]
-    if change is not None:
+    if change := ARMS[arm][0]:
         change()
     import train_mjx_sac
 
-    errors.run(
-        train_mjx_sac.main,
-        train_mjx_sac.Config(
-            out=config.out / f"{arm}-{seed}",
-            preset=config.preset,
-            seed=seed,
-            evaluation_every=_EVALUATION_EVERY,
-            evaluation_lanes=192,
-            time_limit_s=60.0 * config.minutes,
-            **settings,
-        ),
-    )
+    errors.run(train_mjx_sac.main, settings(arm, seed, config))
 
 
 def metrics_of(arm: str, seed: int, config: Config) -> Path:
@@ -110,24 +113,21 @@ def metrics_of(arm: str, seed: int, config: Config) -> Path:
 
 
 def is_finished(arm: str, seed: int, config: Config) -> bool:
-    """Whether the run is there; raises `UserError` if it was cut short or diverged."""
-    file = metrics_of(arm, seed, config)
-    if not file.exists():
-        return False
-    evaluations = read_evaluations(file)
-    last_s = evaluations[-1]["wall_s"] if evaluations else 0.0
-    if last_s < 0.9 * 60.0 * config.minutes:
-        raise UserError(f"{file} ends after {last_s / 60:.1f} of {config.minutes:g} minutes: delete {arm}-{seed}*")
-    return True
+    """Whether the run's result is there; raises `UserError` if it was cut short."""
+    if (config.out / f"{arm}-{seed}" / MANIFEST).exists():
+        return True
+    if metrics_of(arm, seed, config).exists():
+        raise UserError(f"{arm}-{seed} was cut short: delete {config.out / arm}-{seed}*")
+    return False
 
 
 def print_table(config: Config) -> None:
-    """Means of the last evaluations, over the seeds that there are."""
-    table = Table(title=f"Last {_LAST} evaluations of {config.minutes:g} minutes, mean over seeds (each seed's)")
+    """Means of the last judgements, over the seeds that there are."""
+    table = Table(title=f"Last {_LAST} judgements of {config.minutes:g} minutes, mean over seeds (each seed's)")
     for name in ("arm", "steps, M", *c.TASKS, "mean"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for arm in config.arms:
-        runs = [read_evaluations(file) for seed in config.seeds if (file := metrics_of(arm, seed, config)).exists()]
+        runs = [read_judgements(file) for seed in config.seeds if (file := metrics_of(arm, seed, config)).exists()]
         runs = [rows[-_LAST:] for rows in runs if rows]
         if not runs:
             continue

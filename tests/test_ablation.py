@@ -4,19 +4,24 @@ import json
 
 import numpy as np
 import pytest
-from booster_soccer.agents.sac_networks import GAIN, Normalizer
 
 import train_mjx_sac
 from benchmarks import ablation
+from booster_soccer.agents.sac import GAIN, Normalizer
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
-from booster_soccer.preprocess import observation
-from booster_soccer.rollout import episode
+from booster_soccer.preprocess import observation, privileged
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
 def test_every_arm_is_a_valid_run(arm, tmp_path):
-    train_mjx_sac.resolve(train_mjx_sac.Config(out=tmp_path / "run", **ablation.ARMS[arm][1]))
+    config = ablation.settings(arm, 3, ablation.Config(tmp_path, minutes=2.0))
+    train_mjx_sac.check(config)
+    assert (config.out, config.seed, config.time_limit_s) == (tmp_path / f"{arm}-3", 3, 120.0)
+    base = ablation.settings("base", 3, ablation.Config(tmp_path, minutes=2.0))
+    changes_code = ablation.ARMS[arm][0] is not None
+    same = (config.collect, config.sac) == (base.collect, base.sac)
+    assert same == (changes_code or arm == "base")
 
 
 def test_action_scale_arm_scales_the_targets(monkeypatch):
@@ -30,7 +35,7 @@ def test_action_scale_arm_scales_the_targets(monkeypatch):
 
 def test_world_axes_arm_takes_the_yaw_out_of_the_observation(monkeypatch):
     """A robot that looks along y: a ball at +y is ahead of it in the heading frame, beside it in world axes."""
-    for module in (observation, episode):
+    for module in (observation, privileged):
         monkeypatch.setattr(module, "heading_cos_sin", observation.heading_cos_sin)
     quat_wxyz, ball_w = np.array([np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)]), np.array([0.0, 2.0, 0.1])
 
@@ -40,34 +45,25 @@ def test_world_axes_arm_takes_the_yaw_out_of_the_observation(monkeypatch):
     np.testing.assert_allclose(heading(ball_w), [2.0, 0.0, 0.1], atol=1e-9)
     ablation.ARMS["world-axes"][0]()
     np.testing.assert_allclose(heading(ball_w), ball_w, atol=1e-9)
-    assert episode.heading_cos_sin is observation.heading_cos_sin
+    assert privileged.heading_cos_sin is observation.heading_cos_sin
 
 
 def test_no_normalizer_arm_leaves_but_the_gains(monkeypatch):
     monkeypatch.setattr(Normalizer, "update", Normalizer.update)
     ablation.ARMS["no-normalizer"][0]()
     obs = np.random.default_rng(0).normal(3.0, 2.0, (1000, GAIN.size)).astype(np.float32)
-    np.testing.assert_allclose(Normalizer.create(GAIN.size).update(obs)(obs), obs * GAIN, rtol=1e-5)
+    np.testing.assert_allclose(Normalizer.create().update(obs)(obs), obs * GAIN, rtol=1e-5)
 
 
-def test_an_arm_that_fails_is_named_after_the_others(tmp_path, capsys):
+def test_finished_runs_are_kept_and_one_cut_short_is_named_after_the_others(tmp_path, capsys):
     config = ablation.Config(tmp_path, arms=("base", "dr-1"), seeds=(0,), minutes=10.0)
     row = {"eval/score": 1.5, "step": 2e6, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
-    (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row | {"wall_s": 100.0}) + "\n")
+    (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row) + "\n")  # without a result
     (tmp_path / "dr-1-0.metrics.jsonl").write_text(json.dumps(row | {"eval/score": 2.5}) + "\n")
-    with pytest.raises(UserError, match="delete base-0"):
+    (tmp_path / "dr-1-0").mkdir()
+    (tmp_path / "dr-1-0" / "manifest.json").touch()
+    with pytest.raises(UserError, match="base-0 was cut short: delete"):
         ablation.main(config)
     assert "+2.50" in capsys.readouterr().out
-
-
-def test_finished_runs_are_kept_and_others_named(tmp_path, capsys):
-    config = ablation.Config(tmp_path, arms=("base",), seeds=(0,), minutes=10.0)
-    row = {"eval/score": 1.5, "step": 2e6, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
-    (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row) + "\n")
-    ablation.main(config)
-    assert "+1.50" in capsys.readouterr().out
-    (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row | {"wall_s": 100.0}) + "\n")
-    with pytest.raises(UserError, match="1.7 of 10 minutes: delete base-0"):
-        ablation.main(config)
     with pytest.raises(UserError, match="warp unknown"):
         ablation.main(ablation.Config(tmp_path, arms=("warp",)))
