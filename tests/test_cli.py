@@ -1,12 +1,16 @@
 """Command lines: `--preset` gives the defaults, `--help` shows them, the other options change them."""
 
 import dataclasses
+import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+import finetune_ddpg
+import train_mjx_sac
 from booster_soccer import cli, errors
 
 
@@ -99,3 +103,32 @@ def test_a_wrong_option_or_value_ends_with_status_2(parse, capsys):
             parse(*wrong)
         assert ended.value.code == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def leaves(config) -> dict[str, object]:
+    """Every setting of a configuration by the name of its option."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        found |= leaves(value) if dataclasses.is_dataclass(value) else {field.name.replace("_", "-"): value}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script", "preset"), [*(("train_mjx_sac", name) for name in train_mjx_sac.PRESETS),
+                           *(("finetune_ddpg", name) for name in finetune_ddpg.PRESETS)]
+)  # fmt: skip
+def test_help_of_a_training_script_shows_what_it_does_and_every_default(script, preset, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--preset", preset, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).parent.parent / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+    module = sys.modules[script]
+    description, options = shown.split("-h, --help")
+    assert " ".join(module.__doc__.split()) in description
+    for name, value in leaves(module.PRESETS[preset]).items():
+        default = re.search(rf"--{name}[, ].*?\(default: ?(.*?)\)", options)
+        words = value if isinstance(value, tuple) else (value,)
+        assert default and default[1] == " ".join(map(str, words)), name

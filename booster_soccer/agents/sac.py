@@ -139,8 +139,6 @@ def _gain() -> np.ndarray:
 
 
 GAIN = _gain()
-
-
 _MIN_STD = 0.05  # features that hardly vary must not be blown up
 _MAX_COUNT = 2e6  # then old samples fade, so that the statistics follow the policy
 
