@@ -141,16 +141,21 @@ def end(process: subprocess.Popen) -> None:
 
 
 def read_scores(rows: list[Evaluation]) -> list[dict[str, Any]]:
-    """The rows of the table of scores, from the files of `evaluate.py`."""
+    """The rows of the table of scores, from the files of `evaluate.py`; `UserError` for one that is none of them."""
     scores = []
     for row in rows:
-        result = json.loads(row.file.read_text())
-        tasks = [result["tasks"][task] for task in c.TASKS]
-        means = {task: of_task["mean"] for task, of_task in zip(c.TASKS, tasks, strict=True)}
-        steps = sum(of_task["mean_steps"] for of_task in tasks) / len(tasks)
+        try:
+            result = json.loads(row.file.read_text())
+            tasks = {task: result["tasks"][task] for task in c.TASKS}
+            means = {task: float(of_task["mean"]) for task, of_task in tasks.items()}
+            steps = sum(float(of_task["mean_steps"]) for of_task in tasks.values()) / len(tasks)
+            low, high = map(float, result["ci95"])
+            mean = float(result["mean"])
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise UserError(f"{row.file} is no result of evaluate.py: remove it, --resume measures again") from error
         scores.append(
-            {"policy": row.policy, "seed": row.seed, "backend": row.backend, **means, "mean": result["mean"]}
-            | {"ci95": result["ci95"], "mean_physics_steps": steps, "file": str(row.file)}
+            {"policy": row.policy, "seed": row.seed, "backend": row.backend, **means, "mean": mean}
+            | {"ci95": [low, high], "mean_physics_steps": steps, "file": str(row.file)}
         )
     return scores
 

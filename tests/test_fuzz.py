@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from booster_soccer.store import checkpoints
+from booster_soccer.store import manifests
 from tests.long import fuzz
 
 
@@ -36,7 +36,7 @@ def test_the_watch_sees_harm(tmp_path, act):
 
 def test_a_loader_without_checksums_is_found_out(tmp_path, monkeypatch):
     attacks = fuzz.Attacks(tmp_path)
-    monkeypatch.setattr(checkpoints, "_read_content", lambda path, manifest, name: (path / name).read_bytes())
+    monkeypatch.setattr(manifests, "read_content", lambda path, manifest, name: (path / name).read_bytes())
     with pytest.raises(AssertionError, match="loaded with changed bytes"):
         for number in range(100):
             attacks.bytes(random.Random(number))

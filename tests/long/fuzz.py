@@ -4,8 +4,8 @@
 
 Changed bytes and truncations of every file of a checkpoint; files and manifests with right checksums and wrong
 contents (types, huge numbers, paths that lead out, foreign layouts); replay segments and their lists; saved
-states of both long stages; the other files that are read back (the chain's summary, a submission package, a
-log); flags of every script; `obs` and `info` for the preprocessor that is submitted, and its module behind it.
+states of both long stages; the other files that are read back (a measured result, a submission package, a log);
+flags of every script; `obs` and `info` for the preprocessor that is submitted, and its module behind it.
 While an example is judged, nothing outside its directory may be opened, and no process, pickle or shell
 started. Exit status 1, with the example's number, at the first failure; the same number gives the same example.
 """
@@ -38,17 +38,19 @@ import finetune_ddpg
 import gates
 import submit
 import train_mjx_sac
-from booster_soccer import errors
-from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer import cli, errors
+from booster_soccer.agents import ddpg
 from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, observe
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.store import checkpoints, resume
+from booster_soccer.rollout.collect import CollectConfig
+from booster_soccer.store import checkpoints, manifests
+from booster_soccer.store import run as life
 from booster_soccer.store.replay import Replay, Segments
+from booster_soccer.tracking import report
 from tests.long import mutations
-from tests.long.kill_resume import tables
 
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class",
               "socket.connect", "shutil.rmtree", "os.remove", "os.rename", "os.truncate", "ctypes.dlopen")  # fmt: skip
@@ -136,11 +138,14 @@ class Attacks:
 
     def __init__(self, place: Path):
         self.place, self.good, self.mutant = place, place / "good", place / "mutant"
-        self.arrays = finetune_ddpg.random_arrays(0, np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32))
-        obs = np.random.default_rng(0).normal(size=(checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
-        actions = policy_from_arrays(self.arrays)(obs).astype(np.float32)
-        checkpoints.save(self.good, "converted", self.arrays, obs, actions, {"a": [1, {"b": 2}]}, 0, 1, None, {},
-                         {"more": {"x": np.arange(5)}})  # fmt: skip
+        self.arrays = ddpg.random_arrays(0, np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32))
+        self.obs = np.random.default_rng(0).normal(size=(checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
+        config = {"a": [1, {"b": 2}]}
+        parents: list[checkpoints.Checkpoint] = []
+        for path in (place / "parent", self.good):
+            checkpoints.save(path, "converted", self.arrays, self.obs, config, 0, 1, parents, {},
+                             {"more": {"x": np.arange(5)}})  # fmt: skip
+            parents = [checkpoints.load(path)]
         shutil.copytree(self.good, self.mutant)
         jax.default_backend()  # looks for devices once
         self.segments = Segments(place / "replay")
@@ -175,27 +180,27 @@ class Attacks:
         """A wrong file whose checksum is right: refused, or arrays that may be had."""
         name = rng.choice(["arrays", "golden", "more"]) + ".safetensors"
         content = mutations.other_bytes(rng, (self.good / name).read_bytes())
-        manifest = json.loads((self.good / checkpoints.MANIFEST).read_bytes())
+        manifest = json.loads((self.good / manifests.MANIFEST).read_bytes())
         manifest["files"][name] = hashlib.sha256(content).hexdigest()
-        _, loaded = self._load({name: content, checkpoints.MANIFEST: checkpoints._manifest_bytes(manifest)})
+        _, loaded = self._load({name: content, manifests.MANIFEST: manifests.to_bytes(manifest)})
         for value in loaded.arrays.values() if loaded else ():
             assert np.isfinite(value).all(), "numbers that are not finite were loaded"
 
     def manifest(self, rng: random.Random) -> None:
         """A wrong manifest whose checksum is right."""
-        manifest = json.loads((self.good / checkpoints.MANIFEST).read_bytes())
+        manifest = json.loads((self.good / manifests.MANIFEST).read_bytes())
         mutations.change_somewhere(rng, manifest)
-        _, loaded = self._load({checkpoints.MANIFEST: checkpoints._manifest_bytes(manifest)})
+        _, loaded = self._load({manifests.MANIFEST: manifests.to_bytes(manifest)})
         for name, value in loaded.arrays.items() if loaded else ():
             assert np.array_equal(value, self.arrays[name]), "other arrays were loaded"
 
     def foreign_manifest(self, rng: random.Random) -> None:
         """No manifest of ours at all: always refused."""
-        version = {"format": checkpoints.FORMAT, "schema_version": rng.choice([1, 2, "1", None, 1e99])}
+        version = {"format": manifests.FORMAT, "schema_version": rng.choice([1, 2, "1", None, 1e99])}
         foreign = [b"", b"[]", b"null", b"[" * 100_000, b'{"format": 1}', b'{"a":' * 5000, b"\xff\xfe", b"1e999", b"NaN",
                    b"\x80\x04.", json.dumps(mutations.other_value(rng)).encode(), rng.randbytes(rng.randint(1, 300)),
                    json.dumps(version).encode(), b'{"n": ' + b"9" * 10_000 + b"}"]  # fmt: skip
-        said, _ = self._load({checkpoints.MANIFEST: rng.choice(foreign)})
+        said, _ = self._load({manifests.MANIFEST: rng.choice(foreign)})
         assert said, "a foreign manifest was loaded"
 
     def segment(self, rng: random.Random) -> None:
@@ -213,72 +218,70 @@ class Attacks:
         assert said or same, "wrong rows were loaded"
 
     @functools.cached_property
-    def states(self) -> list[tuple[Callable, dict]]:
-        """A function that takes up the saved state, and its tables, of both long stages."""
-        return [self._pretraining(self.place / "a"), self._finetuning(self.place / "b")]
+    def states(self) -> list[tuple[life.Run, life.Stage, dict]]:
+        """Run, stage and tables of a saved state of both long stages."""
+        states = []
+        for run, stage in (self._pretraining(self.place / "a"), self._finetuning(self.place / "b")):
+            run.save(stage)
+            run.metrics_path.unlink()  # of which the end would be cut
+            saved = checkpoints.load(run.resume_path)
+            names = [name.removesuffix(".safetensors") for name in saved.manifest["files"]]
+            states.append((run, stage, {name: checkpoints.load_extra(saved, name) for name in names}))
+        return states
 
     @staticmethod
-    def _pretraining(out: Path) -> tuple[Callable, dict]:
-        config = train_mjx_sac.Config(out, engine="native", num_envs=4, buffer_size=64, evaluation_lanes=3, dr_level=1)
-        run = train_mjx_sac.Run(train_mjx_sac.resolve(config))
-        run.save()
-        saved = checkpoints.load(out.with_name(f"{out.name}.resume"))
-        run.close()
-        return (lambda: run._take_up(saved)), tables(saved)
+    def _pretraining(out: Path) -> tuple[life.Run, life.Stage]:
+        collect = CollectConfig(num_envs=4, buffer_size=64, dr_level=1)
+        config = dataclasses.replace(train_mjx_sac.PRESETS["cpu"], out=out, collect=collect)
+        run = life.Run(out, "pretrained", config)
+        return run, train_mjx_sac.Pretraining(config, run, None, [])
 
-    def _finetuning(self, out: Path) -> tuple[Callable, dict]:
-        lanes = mock.Mock()
-        lanes.task = list(c.TASKS)
-        lanes.state.return_value = {"lane_episode": np.zeros(3, np.int64), "lane_length": np.zeros(3, np.int64),
-                                    "lane_actions": np.zeros((3, c.EPISODE_ACTIONS, c.NUM_JOINTS), np.float32)}  # fmt: skip
-        obs = np.zeros((3, OBS_SIZE), np.float32)
-        lanes.restore.return_value = obs, None
-        config = finetune_ddpg.Config(out, from_scratch=True, num_lanes=3, buffer_size=64, warmup_steps=32, batch_size=8,
-                                      validation_episodes=2, device="cpu")  # fmt: skip
-        run = finetune_ddpg.Run(finetune_ddpg.resolve(config), lanes)
-        run.start_arrays, run.obs = self.arrays, obs
-        run.start_scores = finetune_ddpg.Scores(*np.zeros((4, c.NUM_TASKS, 2)))
-        run.learner = finetune_ddpg.Learner(run.config, self.arrays, obs[0], obs[0] + 1)
+    def _finetuning(self, out: Path) -> tuple[life.Run, life.Stage]:
         rows = {name: np.zeros((20, *shape), np.float32) for name, shape in finetune_ddpg._ROW_SHAPES.items()}
-        run.replay.add(**rows)
-        run.update(2, ("input", "hidden", "output"))
-        path = out.with_name(f"{out.name}.resume")
-        run.save(path, None)
-        saved = checkpoints.load(path)
-        return (lambda: run.restore(saved)), tables(saved)
+        lanes = mock.Mock(tasks=list(c.TASKS))
+        lanes.state.return_value = {"lane_episode": np.zeros(3, np.int64), "lane_length": np.zeros(3, np.int64)}
+        lanes.restore.return_value = rows["critic_obs"][:3]
+        config = dataclasses.replace(finetune_ddpg.PRESETS["scratch"], out=out, num_lanes=3, buffer_size=64,
+                                     batch_size=8, device="cpu")  # fmt: skip
+        run = life.Run(out, "finetuned", config)
+        stage = finetune_ddpg.Finetuning(config, run, lanes, None)
+        stage.critic_obs, stage.learner = rows["critic_obs"][:3], ddpg.Ddpg(config.ddpg, self.arrays, *self.obs[:2])
+        stage.replay.add(**rows)
+        stage.update(2, ("input", "hidden", "output"))
+        run.kept["start"] = life.Candidate(self.arrays, 0, np.zeros((c.NUM_TASKS, 2)))
+        return run, stage
 
     def state(self, rng: random.Random) -> None:
         """A saved state with right checksums and wrong contents: refused, or taken up without a crash."""
-        take_up, saved = rng.choice(self.states)
-        changed = rng.choice(sorted(saved.keys() - {"arrays"}))
+        run, stage, saved = rng.choice(self.states)
+        changed = rng.choice(sorted(saved.keys() - {"arrays", "golden"}))
         state = saved | {changed: mutations.other_table(rng, saved[changed])}
-        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])), watched(self.place):
-            refused(take_up, changed)
+        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])):
+            with silence(), watched(self.place):
+                refused(lambda: run.restore(stage), changed)
 
     @functools.cached_property
     def _records(self) -> dict[str, tuple[Path, bytes]]:
         """The files other than checkpoints that scripts read back: where each lies, and good content."""
-        run, package, metrics = self.place / "run", self.place / "package", self.place / "metrics.jsonl"
-        for place in (run / "pretrain", run / "pretrain.resume", run / "converted", package):
-            place.mkdir(parents=True)
-        settings = {"preset": "demo", "seed": 0, "pretrain_steps": None}
-        summary = {"settings": settings, "seconds": {"pretrain": 10.5, "convert": 2}}
-        entry = {"mean": 1.0, "same_torques_max_difference": 0.0, "torque_max_difference_nm": 0.0,
-                 "evaluate_mean": 1.0, "evaluate_max_difference": 0.0}  # fmt: skip
-        score = {"tasks": dict.fromkeys(c.TASKS, entry), "mean": 1.0, "episodes_per_task": 3, "seed": 0}
+        package, result, metrics = self.place / "package", self.place / "result.json", self.place / "metrics.jsonl"
+        package.mkdir()
+        task = {"mean": 1.0, "mean_steps": 5, "same_torques_max_difference": 0.0, "torque_max_difference_nm": 0.0,
+                "evaluate_mean": 1.0, "evaluate_max_difference": 0.0}  # fmt: skip
+        score = {"tasks": dict.fromkeys(c.TASKS, task), "mean": 1.0, "ci95": [0.5, 1.5], "identity": self._IDENTITY}
         for name in submit._FILES:
-            (package / name).write_text(json.dumps(score))
+            (package / name).write_text(json.dumps(score | {"episodes_per_task": 3, "seed": 0}))
         digests = {name: submit._sha256(package / name) for name in submit._FILES}
-        manifest = {"format": submit.FORMAT, "seed": 0, "files": digests}
-        lines = "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in range(0, 100, 10))
-        contents = {run / "summary.json": json.dumps(summary), package / submit.MANIFEST: json.dumps(manifest),
-                    package / submit.SCORE: json.dumps(score), metrics: lines}  # fmt: skip
-        for path, content in contents.items():
-            path.write_text(content)
-        return {path.name: (path, content.encode()) for path, content in contents.items()}
+        (package / submit.MANIFEST).write_text(json.dumps(self._PACKAGE | {"files": digests}))
+        result.write_text(json.dumps(score))
+        metrics.write_text("".join(json.dumps({"step": step, "wall_s": 0.5}) + "\n" for step in range(0, 100, 10)))
+        files = (package / submit.MANIFEST, package / submit.SCORE, result, metrics)
+        return {path.name: (path, path.read_bytes()) for path in files}
+
+    _IDENTITY = {"hash": "ab", "episodes": 3}
+    _PACKAGE = {"format": submit.FORMAT, "seed": 0}
 
     def record(self, rng: random.Random) -> None:
-        """A changed summary, package or log: refused, or read as what it says."""
+        """A changed result, package or log: refused, or read as what it says."""
         name = rng.choice(sorted(self._records))
         path, original = self._records[name]
         if name == "metrics.jsonl" or rng.random() < 0.4:
@@ -288,28 +291,29 @@ class Attacks:
             mutations.change_somewhere(rng, content)
             changed = json.dumps(content).encode()
         reads = {
-            "summary.json": self._read_summary,
-            submit.MANIFEST: lambda: submit._check_same_package(path.parent, {"format": submit.FORMAT, "seed": 0}),
+            "result.json": lambda: self._read_result(path),
+            submit.MANIFEST: lambda: submit._check_same_package(path.parent, self._PACKAGE),
             submit.SCORE: lambda: submit.print_score(path.parent),
-            "metrics.jsonl": lambda: resume.cut_records(path, 50),
+            "metrics.jsonl": lambda: (life._last_recorded(path, "wall_s"), life._cut_records(path, 50)),
         }
         with holding(path, changed):
             with silence(), watched(self.place, allowed=("os.truncate",)):
                 said = refused(reads[name], name)
             if name == "metrics.jsonl":
                 assert changed.startswith(path.read_bytes()), "the log holds what it did not hold before"
-        if name == submit.MANIFEST and not said:
+        if name in (submit.MANIFEST, "result.json") and not said:
             kept, good = json.loads(changed), json.loads(original)
-            assert all(kept[key] == good[key] for key in ("files", "format", "seed")), "another package was taken"
+            keys = ("identity",) if name == "result.json" else ("files", "format", "seed")
+            assert all(kept[key] == good[key] for key in keys), "another package, or result, was taken"
 
-    def _read_summary(self) -> None:
-        summary = chain.start_summary(chain.Config(out=self.place / "run", resume=True))
-        chain.print_times(summary["seconds"])
+    def _read_result(self, path: Path) -> None:
+        report.finished(path, self._IDENTITY)
+        row = chain.Evaluation("zero torque", ("--policy", "zero"), 0, "twin", path)
+        chain.print_results(chain.Config(), chain.read_scores([row]), {"pretrain": 1.0})
 
     @functools.cached_property
     def _module(self) -> torch.jit.ScriptModule:
-        actor = convert_jax2torch.load_module(convert_jax2torch.Actor(), "actor", self.arrays)
-        return scripted(actor)
+        return scripted(ddpg.load_module(ddpg.Actor(), "actor", self.arrays))
 
     def info(self, rng: random.Random) -> None:
         """`obs` and `info` as no environment should give them: refused, or the very numbers; NaN stays in its lane."""
@@ -364,38 +368,52 @@ class Attacks:
     def flags(self, rng: random.Random) -> None:
         """Command lines of every script: refused by one line or by the parser, or found good."""
         script, check = rng.choice(self._scripts)
-        fields = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(script.Config)]
-        names = [*fields, *fields, "--weights.fallen", "--starts.task-share", "--nonsense", "-x"]
+        names = [*_options(script.Config), "--nonsense", "-x"]
         values = ["", "0", "-1", "3", "1e9", "nan", "inf", "-inf", "9" * 30, "1e400", "demo", "native", "x", "../x",
                   "None", "True", "cpu", "[]", "0.5", "1 2", "a.png", "target:5", "target:x", "zero", "\n", "x" * 300]  # fmt: skip
-        arguments = ["--out", "never"] if "--out" in fields else []
+        arguments = ["--out", "never"] if "--out" in names else []
         for _ in range(rng.randint(1, 4)):
             arguments += [rng.choice(names), rng.choice(values)][: rng.randint(1, 2)]
 
         def parse() -> None:
-            with silence():
-                config = tyro.cli(script.Config, args=arguments)
+            with silence(), mock.patch.object(sys, "argv", ["script", *arguments]):
+                presets = getattr(script, "PRESETS", None)
+                config = cli.parse(presets, "", "cpu") if presets else tyro.cli(script.Config)
                 with watched(self.place, allowed=("os.remove",)):
                     errors.check_numbers(config)
                     check(config)
 
         (self.place / "cwd").mkdir(exist_ok=True)
         try:
-            with contextlib.chdir(self.place / "cwd"):
+            with contextlib.chdir(self.place / "cwd"), mock.patch.object(chain, "run_script", _stop):
                 refused(parse, " ".join(arguments))
         except SystemExit as error:
             assert error.code in (0, 2), f"{arguments}: exit status {error.code}"
 
     # Each script, and what it checks before it works.
     _scripts = [
-        (train_mjx_sac, train_mjx_sac.resolve),
-        (finetune_ddpg, finetune_ddpg.resolve),
-        (chain, lambda config: chain.start_summary(chain.resolve(config))),
+        (train_mjx_sac, train_mjx_sac.check),
+        (finetune_ddpg, finetune_ddpg.check),
+        (chain, chain.main),  # to its first stage
         (convert_jax2torch, convert_jax2torch.main),  # there is no checkpoint, so it ends there
         (evaluate, evaluate._check),
         (gates, gates.load),
         (submit, submit._check_config),
     ]
+
+
+def _stop(stage: str, command: list[str]) -> None:
+    """In place of a script of the chain."""
+    raise UserError(f"stage {stage} is not run")
+
+
+def _options(config: type) -> list[str]:
+    """The options of a script's configuration, nested ones too."""
+    options = []
+    for field in dataclasses.fields(config):
+        nested = dataclasses.is_dataclass(field.default)
+        options += _options(type(field.default)) if nested else [f"--{field.name.replace('_', '-')}"]
+    return options
 
 
 def _bits(value: Any) -> Any:

@@ -6,9 +6,9 @@
 Each trial is one run, killed once and started again with the same command. A third of the kills wait until
 something of a saved state is just being written; one in ten may come before the first one is there. The first
 trial gets SIGTERM before, and must end within 10 s. The run never killed and every trial must end with the same
-bits: policy, learner, lanes, random generators and counters. The runs are small, but wrap their buffer,
-randomise, save often, and in fine-tuning thaw layers inside the killed span. Nobody may edit the code meanwhile.
-Exit status 1 if one trial differs.
+bits: result, policy, learner, lanes, random generators and counters. The runs are small, but wrap their buffer,
+randomise, save often, judge on the way, and in fine-tuning thaw layers inside the killed span. Nobody may edit
+the code meanwhile. Exit status 1 if one trial differs.
 """
 
 import os
@@ -24,11 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import tyro
 
 from booster_soccer import errors
-from booster_soccer.store import checkpoints, resume
+from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import beside
+from booster_soccer.store.manifests import MANIFEST
+from booster_soccer.store.signals import STOPPED
 
 ROOT = Path(__file__).parents[2]
 _POLL_S = 0.005
@@ -37,17 +39,17 @@ _SIGTERM_LIMIT_S = 10.0
 
 # The commands of every drill: small enough for seconds, and with everything in it that a state must hold.
 _PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
-    --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --evaluation-lanes 3
-    --evaluation-every 400 --log-every 200 --checkpoint-interval-s 0"""
-_FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
+    --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --judge-episodes 2
+    --judge-every 480 --log-every 200 --checkpoint-interval-s 0 --keep-state"""
+FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
     --freeze-hidden-until 160 --freeze-input-until 320 --updates-per-round 1 --batch-size 32 --buffer-size 150
-    --validation-episodes 2 --confirmation-episodes 2 --validate-every 480 --log-every 120 --device cpu
-    --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state --from-scratch"""
+    --validation-episodes 2 --confirmation-episodes 2 --judge-every 480 --log-every 120 --device cpu
+    --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state""".split()
 STAGES = {
     "pretrain": f"{_PRETRAIN} --engine native --num-envs 8 --checkpoint-every 40".split(),
     # The other engine, of which one call is 20 actions of every lane; it compiles for minutes.
     "mjx": f"{_PRETRAIN} --engine mjx --num-envs 4 --checkpoint-every 80 --resume-buffer saved".split(),
-    "finetune": _FINETUNE.split(),
+    "finetune": [*FINETUNE, "--preset", "scratch"],
 }
 
 
@@ -71,7 +73,7 @@ class Run:
     @property
     def state(self) -> Path:
         """The directory it goes on from."""
-        return self.out.with_name(f"{self.out.name}.resume")
+        return beside(self.out, "resume")
 
     @property
     def log(self) -> Path:
@@ -91,12 +93,12 @@ class Run:
 
     def saved(self) -> bool:
         """Whether there is a state to go on from."""
-        return (self.state / checkpoints.MANIFEST).exists()
+        return (self.state / MANIFEST).exists()
 
     def writing(self) -> bool:
         """Whether a saved state, or the policy, is being written or moved right now."""
-        moved = not self.saved() and self.state.with_name(f"{self.state.name}.previous").exists()
-        return moved or any(path.with_name(f"{path.name}.writing").exists() for path in (self.state, self.out))
+        moved = not self.saved() and beside(self.state, "previous").exists()
+        return moved or any(beside(path, "writing").exists() for path in (self.state, self.out))
 
     def wait(self, process: subprocess.Popen, until: Callable[[], bool]) -> bool:
         """Wait until something is so; False if the run ended before, `UserError` if with an error."""
@@ -146,7 +148,7 @@ class Run:
         sent = time.monotonic()
         process.terminate()
         status, took_s = process.wait(), time.monotonic() - sent
-        if status not in (0, resume.STOPPED) or took_s > _SIGTERM_LIMIT_S:
+        if status not in (0, STOPPED) or took_s > _SIGTERM_LIMIT_S:
             raise errors.UserError(f"SIGTERM: ended after {took_s:.1f} s with status {status}: see {self.log}")
         return f"SIGTERM, ended after {took_s:.1f} s with status {status}" if status else ""
 
@@ -156,24 +158,18 @@ class Run:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def tables(saved: checkpoints.Checkpoint) -> dict[str, dict[str, np.ndarray]]:
-    """All arrays of a checkpoint but its golden pairs, by the file they lie in."""
-    names = (name.removesuffix(".safetensors") for name in saved.manifest["files"])
-    return {name: checkpoints.load_extra(saved, name) for name in names if name != "golden"}
+def bits(path: Path) -> dict[str, tuple]:
+    """All arrays of a checkpoint to the bit, by file and name."""
+    saved = checkpoints.load(path)
+    names = {name.removesuffix(".safetensors") for name in saved.manifest["files"]}
+    return {f"{path.suffix or 'result'} {table} {name}": (value.shape, value.dtype, value.tobytes())
+            for table in sorted(names - {"replay"})  # where a segment ends depends on the kills
+            for name, value in checkpoints.load_extra(saved, table).items()}  # fmt: skip
 
 
 def differences(a: Run, b: Run) -> list[str]:
-    """Names of the final arrays that are not the same to the bit in two runs."""
-
-    def bits(path: Path) -> dict[str, tuple]:
-        return {f"{path.suffix or 'policy'} {table} {name}": (value.shape, value.dtype, value.tobytes())
-                for table, arrays in tables(checkpoints.load(path)).items()
-                if table != "replay"  # where a segment ends depends on the kills
-                for name, value in arrays.items()}  # fmt: skip
-
-    x, y = bits(a.out), bits(b.out)
-    if a.state.exists() or b.state.exists():
-        x, y = x | bits(a.state), y | bits(b.state)
+    """Names of the arrays in result and last state that are not the same to the bit in two runs."""
+    x, y = (bits(run.out) | bits(run.state) for run in (a, b))
     return sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
 
 

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tests.long.kill_resume import ROOT, STAGES
+from tests.long.kill_resume import FINETUNE, ROOT, STAGES
 from tests.test_submit import Platform, _serve
 
 # What a machine of the user's may hold; no value is part of another, and none means anything.
@@ -37,14 +37,13 @@ def commands(run: Path) -> dict[str, list[list[str]]]:
     """The smallest commands of each stage, and such as must fail."""
     files = ("pretrain", "converted", "finetuned", "package", "none", "x")
     pretrained, converted, finetuned, package, none, new = (str(run / name) for name in files)
-    finetune = [argument for argument in STAGES["finetune"] if argument != "--from-scratch"]
     submit = ["submit.py", "--checkpoint", finetuned, "--out", package, "--episodes", "1"]
     return {
         "pretrain": [[*STAGES["pretrain"], "--out", pretrained]],
         "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, "--real-observations", "2"]],
         "gates": [["gates.py", "--pretrained", pretrained, "--converted", converted, "--states", "100", "--episodes", "1",
                    "--behaviour-episodes", "2", "--json", str(run / "gates.json")]],
-        "finetune": [[*finetune, "--checkpoint", converted, "--out", finetuned]],
+        "finetune": [[*FINETUNE, "--checkpoint", converted, "--out", finetuned]],
         "evaluate": [["evaluate.py", "--policy", "zero", "--episodes", "1", "--backend", "twin",
                       "--json", str(run / "zero.json"), "--plot", str(run / "zero.png")]],
         "submit": [submit],

@@ -8,14 +8,10 @@ if anything differs. Compared at the start and after every step: observation, ev
 reward term, reward, terminated, truncated; at the end the weighted score terms. For the policies the 50 Hz
 path is compared too, after every action.
 
-Action sources:
-
-* `zero`: no torque;
-* `random`: uniform torque up to 1.2 times the limits, new at every physics step;
-* `policy`: a balancing policy with noise on top, each action held for ten steps with the platform's PD
-  torque; or with `--checkpoint` the policy of a checkpoint;
-* `launched`: the balancing policy alone, and the ball thrown at the goal, the target or the robot, again
-  every 300 steps, so that goals, blocks, offsides and several touches occur.
+Action sources: `zero` torque; `random` torque up to 1.2 times the limits, new at every physics step; `policy`, a
+balancing policy with noise on top (or that of `--checkpoint`), each action held for ten steps with the platform's
+PD torque; `launched`, the balancing policy alone, and the ball thrown at the goal, the target or the robot every
+300 steps, so that goals, blocks, offsides and several touches occur.
 """
 
 import functools
@@ -78,7 +74,7 @@ class Recording(NamedTuple):
     truncated: np.ndarray  # (T,)
     torque_nm: np.ndarray  # (T, 12)
     action: np.ndarray  # (ceil(T / 10), 12) float32; empty where the source gives torque
-    score: dict[str, float]  # weighted terms, their sum and the steps if the episode ended, else empty
+    score: dict[str, float]  # weighted terms if the episode ended, else empty
 
 
 @dataclass
@@ -104,19 +100,16 @@ class Report:
         self.unequal[name] = max(difference, self.unequal.get(name, 0.0))
 
     def add(self, other: "Report") -> None:
-        self.episodes, self.steps = self.episodes + other.episodes, self.steps + other.steps
-        self.values += other.values
-        self.events += other.events
+        for name in ("episodes", "steps", "values", "events"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for name, difference in other.unequal.items():
             self.unequal[name] = max(difference, self.unequal.get(name, 0.0))
 
     @property
     def equal(self) -> bool:
         """Whether everything is equal, observation and info within the tolerance."""
-        return all(
-            name.startswith(("obs", "info")) and difference <= RELATIVE_TOLERANCE
-            for name, difference in self.unequal.items()
-        )
+        apart = self.unequal.items()
+        return all(name.startswith(("obs", "info")) and value <= RELATIVE_TOLERANCE for name, value in apart)
 
 
 # --- action sources -------------------------------------------------------------------------------------
@@ -149,14 +142,13 @@ def _policy(source: str, rng: np.random.Generator, checkpoint: Path | None) -> P
 def _throw(task: str, info: dict, rng: np.random.Generator) -> np.ndarray:
     """Ball velocity (3,): at the robot in four throws of ten, else at the goal or target, not always well."""
     if rng.uniform() < 0.4:
-        way = -info["ball_xpos_rel_robot"] + rng.uniform(-0.15, 0.15, 3)
-        flight_s = rng.uniform(0.2, 0.6)
+        way, shortest_s = -info["ball_xpos_rel_robot"] + rng.uniform(-0.15, 0.15, 3), 0.2
     elif task == "goalie":
-        way = info["goal_team_0_rel_ball"] + [0.0, rng.uniform(-2.0, 2.0), 0.0]
-        flight_s = rng.uniform(0.2, 0.6)
+        way, shortest_s = info["goal_team_0_rel_ball"] + [0.0, rng.uniform(-2.0, 2.0), 0.0], 0.2
     else:
         way = info["target_xpos_rel_robot"] - info["ball_xpos_rel_robot"] + rng.normal(0.0, 0.3, 3)
-        flight_s = rng.uniform(0.3, 0.6)
+        shortest_s = 0.3
+    flight_s = rng.uniform(shortest_s, 0.6)
     velocity = way / flight_s
     velocity[2] += 0.5 * 9.81 * flight_s * (task == "obstacle")
     return velocity
@@ -199,11 +191,7 @@ def record(env: official.TaskIndex, task: str, source: str, seed: int, max_steps
     def stacked(dicts: list[dict]) -> dict[str, np.ndarray]:
         return {key: np.stack([values[key] for values in dicts]) for key in dicts[0]}
 
-    score = {}
-    if terminated or truncated:
-        weighted = score_terms(task, env.unwrapped.compute_reward())
-        score = {f"score {name}": value for name, value in weighted.items()}
-        score |= {"score": sum(weighted.values()), "steps": len(ends)}
+    score = score_terms(task, env.unwrapped.compute_reward()) if terminated or truncated else {}
     return Recording(seed, noise, throws, np.stack(all_obs), stacked(infos), stacked(terms), *map(np.array, zip(*ends)),
                      np.stack(torques), np.array(actions), score)  # fmt: skip
 
@@ -226,11 +214,10 @@ def _compare_path(task: str, recordings: list[Recording], hold: int, report: Rep
         steps.append(act(np.stack([values[min(k, len(values) - 1)] for values in held])))
     for lane, recording in enumerate(recordings):
         _compare_lane(report, recording, lane, hold, start, steps[: len(held[lane])])
-        terms = score_terms(task, {name: values[lane] for name, values in steps[-1].reward_terms.items()})
-        score = {f"score {name}": value for name, value in terms.items()}
-        score |= {"score": sum(terms.values()), "steps": twin.steps[lane]}
-        for name, value in recording.score.items():
-            report.check(name, value, score[name])
+        if recording.score:
+            score = score_terms(task, {name: values[lane] for name, values in steps[-1].reward_terms.items()})
+            report.check("steps and score", [len(recording.reward), *recording.score.values()],
+                         [twin.steps[lane], *score.values()])  # fmt: skip
     twin.close()
 
 
