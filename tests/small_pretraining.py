@@ -17,7 +17,7 @@ LANES, CALL = 6, MjxLoop.ITERATIONS_PER_CALL
 # full after two calls and a half. Episodes are so short that nobody falls, and start in free fall, in which both
 # engines agree.
 COLLECT = CollectConfig(
-    num_envs=LANES, buffer_size=LANES * (2 * CALL + CALL // 2) + 1, batch_size=32, updates_per_iteration=2,
+    num_envs=LANES, buffer_size=LANES * (2 * CALL + CALL // 2), batch_size=32, updates_per_iteration=2,
     learning_starts=CALL * LANES, ramp_steps=((CALL - 1) * LANES, CALL * LANES), first_task_share=(0.5, 0.5, 0.0),
     max_actions=7, dr_level=2, starts=StartMix(task_share=(0.0, 0.0, 1.0), official_pose=1.0),
 )  # fmt: skip
