@@ -92,12 +92,12 @@ def test_both_start_alike(loops):
 
 def test_both_store_the_same_for_the_same_start(loops):
     """One action, from the same draws and the same first sight: the physics differs by rounding only."""
-    rows, seen = {}, jnp.asarray(loops["native"].lanes["critic_obs"])
+    rows, seen = {}, loops["native"].lanes["critic_obs"]
     for name, loop in loops.items():
         state = loop.begin()
         if name == "mjx":
             carry = loop.loop.carry
-            loop.loop.carry = carry._replace(lanes=carry.lanes._replace(critic_obs=seen))
+            loop.loop.carry = carry._replace(lanes=carry.lanes._replace(critic_obs=jnp.array(seen)))
         loop.run(state, CALL)
         rows[name] = jax.tree.map(lambda x: x[0], loop.rows())
         np.testing.assert_array_equal(rows[name].critic_obs, seen)
