@@ -36,7 +36,7 @@ fix: setup
 	$(BIN)/ruff format .
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 drills: setup
 	$(BIN)/python -m tests.long.fuzz
