@@ -13,9 +13,9 @@ started. Exit status 1, with the example's number, at the first failure; the sam
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -40,20 +40,25 @@ import submit
 import train_mjx_sac
 from booster_soccer import cli, errors
 from booster_soccer.agents import ddpg
+from booster_soccer.agents.policy import LAYERS
 from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, observe
 from booster_soccer.preprocess.submission import Preprocessor
-from booster_soccer.rollout.collect import CollectConfig
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store import run as life
+from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.replay import Replay, Segments
 from booster_soccer.tracking import report
+from tests import small_checkpoints, small_pretraining
 from tests.long import mutations
 
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class",
               "socket.connect", "shutil.rmtree", "os.remove", "os.rename", "os.truncate", "ctypes.dlopen")  # fmt: skip
+_PYTHON = [os.path.realpath(place) for place in {*sys.path, sys.prefix, sys.base_prefix} if place]
+_watched: Path | None = None  # while an example is judged, the only place where files may be opened
+_seen: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,6 @@ class Config:
 
     examples: int = 10_000
     first: int = 0  # number of the first example, to see one again
-
-
-# --- the watch ----------------------------------------------------------------------------------------
-
-_PYTHON = [os.path.realpath(place) for place in {*sys.path, sys.prefix, sys.base_prefix} if place]
-_watched: Path | None = None  # while an example is judged, the only place where files may be opened
-_seen: list[str] = []
 
 
 def _audit(event: str, arguments: tuple) -> None:
@@ -85,27 +83,24 @@ def _audit(event: str, arguments: tuple) -> None:
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Nothing is printed, but it must be text that can be."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
-
-
-@contextlib.contextmanager
 def watched(place: Path, allowed: tuple[str, ...] = ()) -> Iterator[None]:
-    """Fail if anything outside `place` is opened, or any process or pickle started, but for `allowed`."""
+    """Fail if anything outside `place` is opened, or any process or pickle started, but for `allowed`.
+
+    What is printed goes nowhere, but it must be text that can be.
+    """
     global _watched
-    _seen.clear()
-    _watched = Path(os.path.realpath(place))
-    try:
-        yield
-    finally:
-        _watched = None
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        _seen.clear()
+        _watched = Path(os.path.realpath(place))
+        try:
+            yield
+        finally:
+            _watched = None
     harm = [seen for seen in _seen if not seen.startswith(allowed or "\0")]
     assert not harm, "; ".join(harm[:3])
 
 
-def refused(action: Callable[[], Any], what: str, kind: type[Exception] = UserError) -> bool:
+def refused(action: Callable[[], Any], kind: type[Exception] = UserError) -> bool:
     """Whether `action` is refused, which must be with one printable line, in an error of exactly this kind."""
     try:
         action()
@@ -114,20 +109,9 @@ def refused(action: Callable[[], Any], what: str, kind: type[Exception] = UserEr
             raise
         line = errors.one_line(str(error))
         line.encode()
-        assert "\n" not in line and 10 < len(line) < 1000, f"{what}: the message is not one clear line: {line[:200]!r}"
+        assert "\n" not in line and 10 < len(line) < 1000, f"the message is not one clear line: {line[:200]!r}"
         return True
     return False
-
-
-@contextlib.contextmanager
-def holding(path: Path, content: bytes) -> Iterator[None]:
-    """A file with another content for a while."""
-    original = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        yield
-    finally:
-        path.write_bytes(original)
 
 
 # --- what is attacked ---------------------------------------------------------------------------------
@@ -138,70 +122,67 @@ class Attacks:
 
     def __init__(self, place: Path):
         self.place, self.good, self.mutant = place, place / "good", place / "mutant"
-        self.arrays = ddpg.random_arrays(0, np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32))
-        self.obs = np.random.default_rng(0).normal(size=(checkpoints.GOLDEN_PAIRS, OBS_SIZE)).astype(np.float32)
-        config = {"a": [1, {"b": 2}]}
-        parents: list[checkpoints.Checkpoint] = []
-        for path in (place / "parent", self.good):
-            checkpoints.save(path, "converted", self.arrays, self.obs, config, 0, 1, parents, {},
-                             {"more": {"x": np.arange(5)}})  # fmt: skip
-            parents = [checkpoints.load(path)]
-        shutil.copytree(self.good, self.mutant)
+        small_checkpoints.save(self.good, parents=[checkpoints.load(small_checkpoints.save(place / "parent"))])
+        self.actor = checkpoints.load(self.good).arrays
         jax.default_backend()  # looks for devices once
         self.segments = Segments(place / "replay")
         replay = Replay(60, {"obs": (3,), "reward": ()})
         replay.add(obs=np.ones((50, 3), np.float32), reward=np.ones(50, np.float32))
         self.table = self.segments.write(replay)
 
-    def _load(self, files: dict[str, bytes]) -> tuple[bool, checkpoints.Checkpoint | None]:
-        """Load the good checkpoint with other files in it: whether that is refused, and what was loaded before."""
-        loaded = None
+    def _copy(self) -> Path:
+        """The good checkpoint anew, to be changed."""
+        shutil.rmtree(self.mutant, ignore_errors=True)
+        return shutil.copytree(self.good, self.mutant)
+
+    def _load(self) -> checkpoints.Checkpoint | None:
+        """Load the changed checkpoint; None if it is refused."""
 
         def load() -> None:
-            nonlocal loaded
-            loaded = checkpoints.load(self.mutant, ("converted",))
-            checkpoints.load_extra(loaded, "more")
+            loaded.append(checkpoints.load(self.mutant, ("converted",)))
+            checkpoints.load_extra(loaded[0], "optimizer")
 
-        with contextlib.ExitStack() as stack:
-            for name, content in files.items():
-                stack.enter_context(holding(self.mutant / name, content))
-            with watched(self.mutant):
-                return refused(load, str(list(files))), loaded
+        loaded: list[checkpoints.Checkpoint] = []
+        with watched(self.mutant):
+            said = refused(load)
+        for array in loaded[0].arrays.values() if loaded else ():
+            assert np.isfinite(array).all(), "numbers that are not finite were loaded"
+        return None if said else loaded[0]
 
     def bytes(self, rng: random.Random) -> None:
         """A changed byte of any file: always refused."""
-        name = rng.choice(sorted(entry.name for entry in self.good.iterdir()))
-        original = (self.good / name).read_bytes()
-        changed = mutations.other_bytes(rng, original)
-        said, _ = self._load({name: changed})
-        assert said != (changed == original), f"{name}: {'refused' if said else 'loaded with changed bytes'}"
+        path = self._copy() / rng.choice(small_checkpoints.FILES)
+        content = path.read_bytes()
+        path.write_bytes(changed := mutations.other_bytes(rng, content))
+        said = self._load() is None
+        assert said != (changed == content), f"{path.name}: {'refused' if said else 'loaded with changed bytes'}"
 
     def sealed_file(self, rng: random.Random) -> None:
         """A wrong file whose checksum is right: refused, or arrays that may be had."""
-        name = rng.choice(["arrays", "golden", "more"]) + ".safetensors"
+        name = rng.choice([name for name in small_checkpoints.FILES if name != MANIFEST])
         content = mutations.other_bytes(rng, (self.good / name).read_bytes())
-        manifest = json.loads((self.good / manifests.MANIFEST).read_bytes())
-        manifest["files"][name] = hashlib.sha256(content).hexdigest()
-        _, loaded = self._load({name: content, manifests.MANIFEST: manifests.to_bytes(manifest)})
-        for value in loaded.arrays.values() if loaded else ():
-            assert np.isfinite(value).all(), "numbers that are not finite were loaded"
+        small_checkpoints.replace_file(self._copy(), name, content)
+        self._load()
 
     def manifest(self, rng: random.Random) -> None:
         """A wrong manifest whose checksum is right."""
-        manifest = json.loads((self.good / manifests.MANIFEST).read_bytes())
+        manifest = json.loads((self.good / MANIFEST).read_bytes())
         mutations.change_somewhere(rng, manifest)
-        _, loaded = self._load({manifests.MANIFEST: manifests.to_bytes(manifest)})
-        for name, value in loaded.arrays.items() if loaded else ():
-            assert np.array_equal(value, self.arrays[name]), "other arrays were loaded"
+        (self._copy() / MANIFEST).write_bytes(manifests.to_bytes(manifest))
+        loaded = self._load()
+        for name, array in loaded.arrays.items() if loaded else ():
+            assert np.array_equal(array, self.actor[name]), "other arrays were loaded"
 
     def foreign_manifest(self, rng: random.Random) -> None:
         """No manifest of ours at all: always refused."""
-        version = {"format": manifests.FORMAT, "schema_version": rng.choice([1, 2, "1", None, 1e99])}
-        foreign = [b"", b"[]", b"null", b"[" * 100_000, b'{"format": 1}', b'{"a":' * 5000, b"\xff\xfe", b"1e999", b"NaN",
-                   b"\x80\x04.", json.dumps(mutations.other_value(rng)).encode(), rng.randbytes(rng.randint(1, 300)),
-                   json.dumps(version).encode(), b'{"n": ' + b"9" * 10_000 + b"}"]  # fmt: skip
-        said, _ = self._load({manifests.MANIFEST: rng.choice(foreign)})
-        assert said, "a foreign manifest was loaded"
+        other = json.loads((self.good / MANIFEST).read_bytes()) | {
+            "schema_version": rng.choice([1, 3, "2", None, 1e99])
+        }
+        foreign = [b"", b"[]", b"null", b"[" * 100_000, b'{"format": 1}', b'{"a":' * 5000, b"\xff\xfe", b"1e999",
+                   b"NaN", b"\x80\x04.", json.dumps(mutations.other_value(rng)).encode(), manifests.to_bytes(other),
+                   rng.randbytes(rng.randint(1, 300)), b'{"n": ' + b"9" * 10_000 + b"}"]  # fmt: skip
+        (self._copy() / MANIFEST).write_bytes(rng.choice(foreign))
+        assert self._load() is None, "a foreign manifest was loaded"
 
     def segment(self, rng: random.Random) -> None:
         """A changed replay segment, or list of them: refused, or the very rows."""
@@ -211,9 +192,11 @@ class Attacks:
             content = mutations.other_bytes(rng, original)
         else:
             table = mutations.other_table(rng, table)
+        path.write_bytes(content)
         replay = Replay(60, {"obs": (3,), "reward": ()})
-        with holding(path, content), watched(self.segments.directory):
-            said = refused(lambda: Segments(self.segments.directory).read(table, replay, 50), "segment")
+        with watched(self.segments.directory):
+            said = refused(lambda: Segments(self.segments.directory).read(table, replay, 50))
+        path.write_bytes(original)
         same = content == original and replay.added == 50 and (replay.arrays["reward"][:50] == 1).all()
         assert said or same, "wrong rows were loaded"
 
@@ -231,24 +214,24 @@ class Attacks:
 
     @staticmethod
     def _pretraining(out: Path) -> tuple[life.Run, life.Stage]:
-        collect = CollectConfig(num_envs=4, buffer_size=64, dr_level=1)
-        config = dataclasses.replace(train_mjx_sac.PRESETS["cpu"], out=out, collect=collect)
+        config = small_pretraining.config(out)
         run = life.Run(out, "pretrained", config)
         return run, train_mjx_sac.Pretraining(config, run, None, [])
 
-    def _finetuning(self, out: Path) -> tuple[life.Run, life.Stage]:
+    @staticmethod
+    def _finetuning(out: Path) -> tuple[life.Run, life.Stage]:
         rows = {name: np.zeros((20, *shape), np.float32) for name, shape in finetune_ddpg._ROW_SHAPES.items()}
         lanes = mock.Mock(tasks=list(c.TASKS))
         lanes.state.return_value = {"lane_episode": np.zeros(3, np.int64), "lane_length": np.zeros(3, np.int64)}
         lanes.restore.return_value = rows["critic_obs"][:3]
-        config = dataclasses.replace(finetune_ddpg.PRESETS["scratch"], out=out, num_lanes=3, buffer_size=64,
-                                     batch_size=8, device="cpu")  # fmt: skip
+        scratch = finetune_ddpg.PRESETS["scratch"]
+        config = dataclasses.replace(scratch, out=out, num_lanes=3, buffer_size=64, batch_size=8, device="cpu")
         run = life.Run(out, "finetuned", config)
         stage = finetune_ddpg.Finetuning(config, run, lanes, None)
-        stage.critic_obs, stage.learner = rows["critic_obs"][:3], ddpg.Ddpg(config.ddpg, self.arrays, *self.obs[:2])
+        stage.critic_obs, stage.learner = rows["critic_obs"][:3], ddpg.Ddpg(config.ddpg, _networks(), *_UNIT)
         stage.replay.add(**rows)
-        stage.update(2, ("input", "hidden", "output"))
-        run.kept["start"] = life.Candidate(self.arrays, 0, np.zeros((c.NUM_TASKS, 2)))
+        stage.update(2, LAYERS)
+        run.kept["start"] = life.Candidate(_networks(), 0, np.zeros((c.NUM_TASKS, 2)))
         return run, stage
 
     def state(self, rng: random.Random) -> None:
@@ -256,64 +239,52 @@ class Attacks:
         run, stage, saved = rng.choice(self.states)
         changed = rng.choice(sorted(saved.keys() - {"arrays", "golden"}))
         state = saved | {changed: mutations.other_table(rng, saved[changed])}
-        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])):
-            with silence(), watched(self.place):
-                refused(lambda: run.restore(stage), changed)
+        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])), watched(self.place):
+            refused(lambda: run.restore(stage))
 
     @functools.cached_property
-    def _records(self) -> dict[str, tuple[Path, bytes]]:
-        """The files other than checkpoints that scripts read back: where each lies, and good content."""
-        package, result, metrics = self.place / "package", self.place / "result.json", self.place / "metrics.jsonl"
+    def _records(self) -> dict[Path, Callable[[Path], Any]]:
+        """The files other than checkpoints that scripts read back, and how they do it."""
+        package, result, metrics = self.place / "package", self.place / "result.json", self.place / "run.jsonl"
         package.mkdir()
         task = {"mean": 1.0, "mean_steps": 5, "same_torques_max_difference": 0.0, "torque_max_difference_nm": 0.0,
                 "evaluate_mean": 1.0, "evaluate_max_difference": 0.0}  # fmt: skip
-        score = {"tasks": dict.fromkeys(c.TASKS, task), "mean": 1.0, "ci95": [0.5, 1.5], "identity": self._IDENTITY}
-        for name in submit._FILES:
-            (package / name).write_text(json.dumps(score | {"episodes_per_task": 3, "seed": 0}))
+        score = {"tasks": dict.fromkeys(c.TASKS, task), "mean": 1.0, "ci95": [0.5, 1.5], "identity": _IDENTITY,
+                 "episodes_per_task": 3, "seed": 0}  # fmt: skip
+        for path in (*(package / name for name in submit._FILES), result):
+            path.write_text(json.dumps(score))
         digests = {name: submit._sha256(package / name) for name in submit._FILES}
-        (package / submit.MANIFEST).write_text(json.dumps(self._PACKAGE | {"files": digests}))
-        result.write_text(json.dumps(score))
+        (package / submit.MANIFEST).write_text(json.dumps(_IDENTITY | {"files": digests}))
         metrics.write_text("".join(json.dumps({"step": step, "wall_s": 0.5}) + "\n" for step in range(0, 100, 10)))
-        files = (package / submit.MANIFEST, package / submit.SCORE, result, metrics)
-        return {path.name: (path, path.read_bytes()) for path in files}
-
-    _IDENTITY = {"hash": "ab", "episodes": 3}
-    _PACKAGE = {"format": submit.FORMAT, "seed": 0}
+        return {
+            package / submit.MANIFEST: lambda path: submit._check_same_package(path.parent, _IDENTITY),
+            package / submit.SCORE: lambda path: submit.print_score(path.parent),
+            result: _read_result,
+            metrics: lambda path: (life._last_recorded(path, "wall_s"), life._cut_records(path, 50)),
+        }
 
     def record(self, rng: random.Random) -> None:
         """A changed result, package or log: refused, or read as what it says."""
-        name = rng.choice(sorted(self._records))
-        path, original = self._records[name]
-        if name == "metrics.jsonl" or rng.random() < 0.4:
+        path = rng.choice(sorted(self._records))
+        original, is_log = path.read_bytes(), path.suffix == ".jsonl"
+        if is_log or rng.random() < 0.4:
             changed = mutations.other_bytes(rng, original)
         else:
             content = json.loads(original)
             mutations.change_somewhere(rng, content)
             changed = json.dumps(content).encode()
-        reads = {
-            "result.json": lambda: self._read_result(path),
-            submit.MANIFEST: lambda: submit._check_same_package(path.parent, self._PACKAGE),
-            submit.SCORE: lambda: submit.print_score(path.parent),
-            "metrics.jsonl": lambda: (life._last_recorded(path, "wall_s"), life._cut_records(path, 50)),
-        }
-        with holding(path, changed):
-            with silence(), watched(self.place, allowed=("os.truncate",)):
-                said = refused(reads[name], name)
-            if name == "metrics.jsonl":
-                assert changed.startswith(path.read_bytes()), "the log holds what it did not hold before"
-        if name in (submit.MANIFEST, "result.json") and not said:
-            kept, good = json.loads(changed), json.loads(original)
-            keys = ("identity",) if name == "result.json" else ("files", "format", "seed")
-            assert all(kept[key] == good[key] for key in keys), "another package, or result, was taken"
-
-    def _read_result(self, path: Path) -> None:
-        report.finished(path, self._IDENTITY)
-        row = chain.Evaluation("zero torque", ("--policy", "zero"), 0, "twin", path)
-        chain.print_results(chain.Config(), chain.read_scores([row]), {"pretrain": 1.0})
+        path.write_bytes(changed)
+        with watched(self.place, allowed=("os.truncate",) if is_log else ()):
+            said = refused(lambda: self._records[path](path))
+        assert changed.startswith(path.read_bytes()), "the file holds what it did not hold before"
+        path.write_bytes(original)
+        if path.name in (submit.MANIFEST, "result.json") and not said:
+            kept, good = (json.loads(text).get("identity") or json.loads(text) for text in (changed, original))
+            assert kept.items() >= good.items(), "another package, or result, was taken"
 
     @functools.cached_property
     def _module(self) -> torch.jit.ScriptModule:
-        return scripted(ddpg.load_module(ddpg.Actor(), "actor", self.arrays))
+        return scripted(ddpg.load_module(ddpg.Actor(), "actor", _networks()))
 
     def info(self, rng: random.Random) -> None:
         """`obs` and `info` as no environment should give them: refused, or the very numbers; NaN stays in its lane."""
@@ -329,17 +300,11 @@ class Attacks:
                 info[name] = mutations.other_array(rng, info[name])
         if rng.random() < 0.2:
             info[rng.choice(["_robot_quat", "success", "extra", ""])] = mutations.other_value(rng)
-        before, result = _bits((obs, info)), None
-
-        def act() -> None:
-            nonlocal result
-            with np.errstate(all="ignore"):
-                result = Preprocessor().modify_state(obs, info)
-
-        with watched(self.place):
-            refused(act, "info", ValueError)
-        assert _bits((obs, info)) == before, "obs or info was written to"
-        if result is not None:
+        before, results = pickle.dumps((obs, info)), []
+        with watched(self.place), np.errstate(all="ignore"):
+            refused(lambda: results.append(Preprocessor().modify_state(obs, info)), ValueError)
+        assert pickle.dumps((obs, info)) == before, "obs or info was written to"
+        for result in results:
             self._check_observation(result, np.asarray(obs, np.float64), info)
 
     def _check_observation(self, result: np.ndarray, obs: np.ndarray, info: dict[str, Any]) -> None:
@@ -367,44 +332,59 @@ class Attacks:
 
     def flags(self, rng: random.Random) -> None:
         """Command lines of every script: refused by one line or by the parser, or found good."""
-        script, check = rng.choice(self._scripts)
+        script, check = rng.choice(_SCRIPTS)
         names = [*_options(script.Config), "--nonsense", "-x"]
         values = ["", "0", "-1", "3", "1e9", "nan", "inf", "-inf", "9" * 30, "1e400", "demo", "native", "x", "../x",
-                  "None", "True", "cpu", "[]", "0.5", "1 2", "a.png", "target:5", "target:x", "zero", "\n", "x" * 300]  # fmt: skip
+                  "None", "True", "cpu", "[]", "0.5", "1 2", "a.png", "target:5", "target:x", "zero", "\n",
+                  "x" * 300]  # fmt: skip
         arguments = ["--out", "never"] if "--out" in names else []
         for _ in range(rng.randint(1, 4)):
             arguments += [rng.choice(names), rng.choice(values)][: rng.randint(1, 2)]
 
         def parse() -> None:
-            with silence(), mock.patch.object(sys, "argv", ["script", *arguments]):
-                presets = getattr(script, "PRESETS", None)
-                config = cli.parse(presets, "", "cpu") if presets else tyro.cli(script.Config)
-                with watched(self.place, allowed=("os.remove",)):
-                    errors.check_numbers(config)
-                    check(config)
+            presets = getattr(script, "PRESETS", None)
+            config = cli.parse(presets, "", "cpu") if presets else tyro.cli(script.Config)
+            errors.check_numbers(config)
+            check(config)
 
         (self.place / "cwd").mkdir(exist_ok=True)
-        try:
-            with contextlib.chdir(self.place / "cwd"), mock.patch.object(chain, "run_script", _stop):
-                refused(parse, " ".join(arguments))
-        except SystemExit as error:
-            assert error.code in (0, 2), f"{arguments}: exit status {error.code}"
+        patches = mock.patch.object(sys, "argv", ["script", *arguments]), mock.patch.object(chain, "run_script", _stop)
+        with contextlib.chdir(self.place / "cwd"), patches[0], patches[1], watched(self.place, ("os.remove",)):
+            try:
+                refused(parse)
+            except SystemExit as error:
+                assert error.code in (0, 2), f"{arguments}: exit status {error.code}"
 
-    # Each script, and what it checks before it works.
-    _scripts = [
-        (train_mjx_sac, train_mjx_sac.check),
-        (finetune_ddpg, finetune_ddpg.check),
-        (chain, chain.main),  # to its first stage
-        (convert_jax2torch, convert_jax2torch.main),  # there is no checkpoint, so it ends there
-        (evaluate, evaluate._check),
-        (gates, gates.load),
-        (submit, submit._check_config),
-    ]
+
+_UNIT = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
+_IDENTITY = {"format": submit.FORMAT, "seed": 0}  # of a package, and of a result
+
+
+def _networks() -> dict[str, np.ndarray]:
+    return ddpg.random_arrays(0, *_UNIT)
+
+
+def _read_result(path: Path) -> None:
+    report.finished(path, _IDENTITY)
+    row = chain.Evaluation("zero torque", ("--policy", "zero"), 0, "twin", path)
+    chain.print_results(chain.Config(), chain.read_scores([row]), {"pretrain": 1.0})
 
 
 def _stop(stage: str, command: list[str]) -> None:
     """In place of a script of the chain."""
     raise UserError(f"stage {stage} is not run")
+
+
+# Each script, and what it checks before it works.
+_SCRIPTS = [
+    (train_mjx_sac, train_mjx_sac.check),
+    (finetune_ddpg, finetune_ddpg.check),
+    (chain, chain.main),  # to its first stage
+    (convert_jax2torch, convert_jax2torch.main),  # there is no checkpoint, so it ends there
+    (evaluate, evaluate._check),
+    (gates, gates.load),
+    (submit, submit._check_config),
+]
 
 
 def _options(config: type) -> list[str]:
@@ -414,17 +394,6 @@ def _options(config: type) -> list[str]:
         nested = dataclasses.is_dataclass(field.default)
         options += _options(type(field.default)) if nested else [f"--{field.name.replace('_', '-')}"]
     return options
-
-
-def _bits(value: Any) -> Any:
-    """What two nested values have in common only if they are the same, NaN included."""
-    if isinstance(value, dict):
-        return {key: _bits(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_bits, value))
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.shape, value.dtype, value.tobytes()
-    return repr(value)
 
 
 def main(config: Config) -> dict[str, int]:

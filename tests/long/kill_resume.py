@@ -36,20 +36,21 @@ ROOT = Path(__file__).parents[2]
 _POLL_S = 0.005
 _LIMIT_S = 1800.0  # no run takes so long, on the slowest machine
 _SIGTERM_LIMIT_S = 10.0
+_STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED}  # that a run ends with
 
 # The commands of every drill: small enough for seconds, and with everything in it that a state must hold.
 _PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
     --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --judge-episodes 2
     --judge-every 480 --log-every 200 --checkpoint-interval-s 0 --keep-state"""
-FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
+_FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
     --freeze-hidden-until 160 --freeze-input-until 320 --updates-per-round 1 --batch-size 32 --buffer-size 150
     --validation-episodes 2 --confirmation-episodes 2 --judge-every 480 --log-every 120 --device cpu
-    --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state""".split()
+    --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state"""
 STAGES = {
     "pretrain": f"{_PRETRAIN} --engine native --num-envs 8 --checkpoint-every 40".split(),
     # The other engine, of which one call is 20 actions of every lane; it compiles for minutes.
     "mjx": f"{_PRETRAIN} --engine mjx --num-envs 4 --checkpoint-every 80 --resume-buffer saved".split(),
-    "finetune": [*FINETUNE, "--preset", "scratch"],
+    "finetune": f"{_FINETUNE} --preset scratch".split(),
 }
 
 
@@ -121,11 +122,11 @@ class Run:
         self.wait(process, lambda: False)
         return first_saved - started, time.monotonic() - first_saved
 
-    def kill(self, delay_s: float, write_s: float | None) -> str:
-        """Start it and kill it `delay_s` after it is under way, or if negative after its start.
+    def interrupt(self, how: signal.Signals, delay_s: float, write_s: float | None = None) -> str:
+        """Start it and send a signal `delay_s` after it is under way, or if negative after its start.
 
-        With `write_s` the kill then waits until that long after a state began to be written. Returns what was
-        done, nothing if the run ended before.
+        With `write_s` the signal then waits until that long after a state began to be written. Returns what was
+        done, nothing if the run ended before; `UserError` if it ends otherwise than it should, or too late.
         """
         process, said = self.start(), self.log.stat().st_size
         # A resumed run is under way when it says so, a new one when it has saved a state.
@@ -135,22 +136,15 @@ class Run:
         if not self.wait(process, lambda: time.monotonic() >= due and (write_s is None or self.writing())):
             return ""
         time.sleep(write_s or 0.0)
-        doing = "while writing" if self.writing() else "while running"
-        os.killpg(process.pid, signal.SIGKILL)
-        return f"killed at {delay_s:+.1f} s {doing}" if process.wait() == -signal.SIGKILL else ""
-
-    def terminate(self, delay_s: float) -> str:
-        """Start it and send SIGTERM `delay_s` after its first saved state; as `kill`."""
-        process = self.start()
-        if not self.wait(process, self.saved):
-            return ""
-        time.sleep(delay_s)
-        sent = time.monotonic()
-        process.terminate()
+        doing, sent = "while writing" if self.writing() else "while running", time.monotonic()
+        if how == signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
         status, took_s = process.wait(), time.monotonic() - sent
-        if status not in (0, STOPPED) or took_s > _SIGTERM_LIMIT_S:
-            raise errors.UserError(f"SIGTERM: ended after {took_s:.1f} s with status {status}: see {self.log}")
-        return f"SIGTERM, ended after {took_s:.1f} s with status {status}" if status else ""
+        if status not in (0, _STATUS[how]) or took_s > _SIGTERM_LIMIT_S:
+            raise errors.UserError(f"{how.name}: ended after {took_s:.1f} s with status {status}: see {self.log}")
+        return f"{how.name} at {delay_s:+.1f} s {doing}, ended after {took_s:.1f} s" if status else ""
 
     def remove(self) -> None:
         """Delete it and what lies beside it."""
@@ -179,13 +173,13 @@ def interrupt(run: Run, rng: random.Random, first_s: float, span_s: float, termi
     Seconds: to a run's first state, and from there to its end.
     """
     while True:
-        done = [run.terminate(rng.uniform(0, span_s / 2))] if terminates else []
+        done = [run.interrupt(signal.SIGTERM, rng.uniform(0, span_s / 2))] if terminates else []
         if all(done):
             delay_s = -rng.uniform(0, first_s) if rng.random() < 0.1 else rng.uniform(0, span_s)
             write_s = rng.uniform(0, 0.03) if delay_s > 0 and rng.random() < 1 / 3 else None
-            done.append(run.kill(delay_s, write_s))
+            done.append(run.interrupt(signal.SIGKILL, delay_s, write_s))
         if all(done):
-            return ", ".join(done)
+            return "; ".join(done)
         run.remove()  # it ended before, so this was no kill: the trial starts over, and sooner
         span_s *= 0.8
 

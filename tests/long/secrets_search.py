@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tests.long.kill_resume import FINETUNE, ROOT, STAGES
+from tests.long.kill_resume import ROOT, STAGES
 from tests.test_submit import Platform, _serve
 
 # What a machine of the user's may hold; no value is part of another, and none means anything.
@@ -35,17 +35,18 @@ _STATUS = {"gates": (0, 1), "mistakes": (2,), "refused": (2,)}
 
 def commands(run: Path) -> dict[str, list[list[str]]]:
     """The smallest commands of each stage, and such as must fail."""
-    files = ("pretrain", "converted", "finetuned", "package", "none", "x")
-    pretrained, converted, finetuned, package, none, new = (str(run / name) for name in files)
+    files = ("pretrain", "converted", "finetuned", "package", "none", "x", "gates.json", "zero.json", "zero.png")
+    pretrained, converted, finetuned, package, none, new, gates, zero, plot = (str(run / name) for name in files)
+    real = ["--real-observations", "2"]
+    few = ["--states", "100", "--episodes", "1", "--behaviour-episodes", "2"]
     submit = ["submit.py", "--checkpoint", finetuned, "--out", package, "--episodes", "1"]
     return {
         "pretrain": [[*STAGES["pretrain"], "--out", pretrained]],
-        "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, "--real-observations", "2"]],
-        "gates": [["gates.py", "--pretrained", pretrained, "--converted", converted, "--states", "100", "--episodes", "1",
-                   "--behaviour-episodes", "2", "--json", str(run / "gates.json")]],
-        "finetune": [[*FINETUNE, "--checkpoint", converted, "--out", finetuned]],
+        "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, *real]],
+        "gates": [["gates.py", "--pretrained", pretrained, "--converted", converted, *few, "--json", gates]],
+        "finetune": [[*STAGES["finetune"], "--preset", "cpu", "--checkpoint", converted, "--out", finetuned]],
         "evaluate": [["evaluate.py", "--policy", "zero", "--episodes", "1", "--backend", "twin",
-                      "--json", str(run / "zero.json"), "--plot", str(run / "zero.png")]],
+                      "--json", zero, "--plot", plot]],
         "submit": [submit],
         "mistakes": [["train_mjx_sac.py", "--out", new, "--preset", "none"],
                      ["finetune_ddpg.py", "--out", new, "--checkpoint", none],
@@ -106,22 +107,22 @@ def in_files(place: Path) -> list[str]:
 
 def run_and_search(place: Path, stages: Collection[str] | None = None) -> list[str]:
     """Run some stages, or all, in an empty directory, and search it; returns one line for each key found."""
-    for name in ("home", "tmp", "cwd", "output"):
-        (place / name).mkdir()
-    environment = os.environ | KEYS | {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"),
-                                       "WANDB_MODE": "offline", "MUJOCO_GL": "disable"}  # fmt: skip
+    home, tmp, cwd, output = (place / name for name in ("home", "tmp", "cwd", "output"))
+    for directory in (home, tmp, cwd, output):
+        directory.mkdir()
+    environment = os.environ | KEYS | {"HOME": str(home), "TMPDIR": str(tmp), "WANDB_MODE": "offline",
+                                       "MUJOCO_GL": "disable"}  # fmt: skip
     chosen = {stage: scripts for stage, scripts in commands(place / "run").items() if stage in (stages or [stage])}
     with _serve(Platform(submission_status=401)) as platform:
         environment["SAI_API_BASE"] = platform.url
         for stage, scripts in chosen.items():
             for number, (script, *arguments) in enumerate(scripts):
-                output = place / "output" / f"{stage}-{number}"
-                with open(f"{output}.out", "wb") as out, open(f"{output}.err", "wb") as err:
-                    status = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=place / "cwd",
-                                            env=environment, stdout=out, stderr=err, timeout=_LIMIT_S).returncode  # fmt: skip
-                print(f"{stage}: {script} ended with status {status}", flush=True)
-                said = Path(f"{output}.err").read_text(errors="replace")
-                assert status in _STATUS.get(stage, (0,)) and "Traceback" not in said, said[-300:]
+                command = [sys.executable, str(ROOT / script), *arguments]
+                done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=_LIMIT_S)
+                (output / f"{stage}-{number}").write_bytes(done.stdout + done.stderr)
+                print(f"{stage}: {script} ended with status {done.returncode}", flush=True)
+                said = done.stderr.decode(errors="replace")
+                assert done.returncode in _STATUS.get(stage, (0,)) and "Traceback" not in said, said[-300:]
     if "refused" in chosen:
         assert platform.key == KEYS["SAI_API_KEY"], "the platform's stub never saw the key: the search proves nothing"
     return in_files(place)

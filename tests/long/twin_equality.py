@@ -18,7 +18,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -167,9 +167,8 @@ def record(env: official.TaskIndex, task: str, source: str, seed: int, max_steps
     ball_velocity = data.qvel[scene.official_addresses(model).ball_v][:3]
     throws: dict[int, np.ndarray] = {}
     policy = _policy(source, rng, checkpoint)
-    all_obs, infos, terms, ends, torques, actions = [obs], [info], [], [], [], []
-    terminated = truncated = False
-    while not (terminated or truncated) and len(ends) < max_steps:
+    seen, terms, ends, torques, actions = [(obs, info)], [], [], [], []
+    while not (ends and any(ends[-1][1:])) and len(ends) < max_steps:
         if source == "launched" and len(ends) % _STEPS_BETWEEN_THROWS == 0:
             throws[len(ends)] = ball_velocity[:] = _throw(task, info, rng)
         if source == "zero":
@@ -183,15 +182,15 @@ def record(env: official.TaskIndex, task: str, source: str, seed: int, max_steps
             torque = pd.platform_torque_nm(actions[-1], *joints)
         obs, reward, terminated, truncated, info = env.step(torque)
         terms.append(info.pop("reward_terms"))
-        all_obs.append(obs)
-        infos.append(info)
+        seen.append((obs, info))
         ends.append((reward, terminated, truncated))
         torques.append(torque)
 
-    def stacked(dicts: list[dict]) -> dict[str, np.ndarray]:
+    def stacked(dicts: Sequence[dict]) -> dict[str, np.ndarray]:
         return {key: np.stack([values[key] for values in dicts]) for key in dicts[0]}
 
-    score = score_terms(task, env.unwrapped.compute_reward()) if terminated or truncated else {}
+    score = score_terms(task, env.unwrapped.compute_reward()) if any(ends[-1][1:]) else {}
+    all_obs, infos = zip(*seen)
     return Recording(seed, noise, throws, np.stack(all_obs), stacked(infos), stacked(terms), *map(np.array, zip(*ends)),
                      np.stack(torques), np.array(actions), score)  # fmt: skip
 
@@ -270,14 +269,11 @@ def _run(task: str, source: str, seeds: range, checkpoint: Path | None) -> Repor
     return compare(task, source, [record(env, task, source, seed, checkpoint=checkpoint) for seed in seeds])
 
 
-def _table(reports: dict[tuple[str, str], Report]) -> Iterator[str]:
-    yield "| task | actions | episodes | physics steps | numbers compared | unequal | what happened |"
-    yield "|---" * 7 + "|"
-    for (task, source), report in reports.items():
-        unequal = "; ".join(f"{name}: up to {value:.1e} relative" for name, value in report.unequal.items())
-        seen = ", ".join(f"{name} {count}" for name, count in report.events.most_common())
-        yield (f"| {task} | {source} | {report.episodes} | {report.steps:,} | {report.values:,} "
-               f"| {unequal or 'none'} | {seen} |")  # fmt: skip
+def _row(task: str, source: str, report: Report) -> str:
+    unequal = "; ".join(f"{name}: up to {value:.1e} relative" for name, value in report.unequal.items()) or "none"
+    seen = ", ".join(f"{name} {count}" for name, count in report.events.most_common())
+    counts = f"{report.episodes} | {report.steps:,} | {report.values:,}"
+    return f"| {task} | {source} | {counts} | {unequal} | {seen} |"
 
 
 def main(config: Config) -> bool:
@@ -292,8 +288,14 @@ def main(config: Config) -> bool:
             reports[task, source].add(report)
             verdict = "UNEQUAL" if report.unequal else "equal"
             print(f"{task} {source} seeds {seeds[0]} to {seeds[-1]}: {verdict}", file=sys.stderr)
+    print(
+        "| task | actions | episodes | physics steps | numbers compared | unequal | what happened |\n"
+        + "|---" * 7
+        + "|"
+    )
+    for (task, source), report in reports.items():
+        print(_row(task, source, report))
     equal = all(report.equal for report in reports.values())
-    print("\n".join(_table(reports)))
     print(f"\n{'equal' if equal else 'NOT equal'}")
     return equal
 
