@@ -30,9 +30,9 @@ def archive(content: bytes) -> bytes:
         base64.b64encode(b"user:" + KEY.encode()),
         base64.b64encode(b"api:" + KEY.encode() + b"\n"),
         base64.urlsafe_b64encode(b"key " + KEY.encode()),
-        gzip.compress(b"x" * 100 + KEY.encode()),
+        gzip.compress(b"x" * 100 + KEY.encode(), mtime=0),
         archive(b"\0" * 100 + KEY.encode()),
-        archive(gzip.compress(KEY.encode())),
+        archive(gzip.compress(KEY.encode(), mtime=0)),
     ],
 )
 def test_the_search_finds_a_key(tmp_path, content):
