@@ -90,8 +90,7 @@ class Check:
     @property
     def passed(self) -> bool:
         """Whether it does; NaN does not."""
-        low_enough = self.high is None or self.measured <= self.high
-        return low_enough and (self.low is None or self.low <= self.measured)
+        return (self.low is None or self.low <= self.measured) and (self.high is None or self.measured <= self.high)
 
     @property
     def limits(self) -> str:
