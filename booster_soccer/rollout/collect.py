@@ -243,14 +243,15 @@ class NativeLoop:
         self.count += 1
         action = np.asarray(self._act(state, self.lanes, self.count))
         self.engine.step(np.asarray(joint_target_rad(action)))
-        state, self.lanes, done, rows, sums = self._after(state, self.lanes, self.engine.view(), action, self.count)
+        before = state  # all noise of an iteration is of one normaliser
+        state, self.lanes, done, rows, sums = self._after(before, self.lanes, self.engine.view(), action, self.count)
         statistics.add(sums)
         self.replay.add(**{name: np.asarray(values) for name, values in rows._asdict().items()})
         ended = np.flatnonzero(np.asarray(done))
         if len(ended):
             qpos, qvel, task_state = self._start(self.count)
             self.engine.reset(ended, np.asarray(qpos)[ended], np.asarray(qvel)[ended])
-            self.lanes = self._restart(state, self.lanes, done, task_state, self.engine.view(), self.count)
+            self.lanes = self._restart(before, self.lanes, done, task_state, self.engine.view(), self.count)
         metrics: dict = {}
         if learn:
             state, metrics = self._update(state, self._sample(), self._ramp(self.count))
@@ -343,7 +344,8 @@ class MjxLoop:
         count = carry.count + 1
         action = body.act(state, carry.lanes, count)
         data, touched = self.engine.step(carry.data, joint_target_rad(action))
-        state, lanes, done, rows, sums = body.after(state, carry.lanes, self.engine.view(data, touched), action, count)
+        before = state  # all noise of an iteration is of one normaliser
+        state, lanes, done, rows, sums = body.after(before, carry.lanes, self.engine.view(data, touched), action, count)
         buffer = jax.tree.map(
             lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, carry.count * n % self.capacity, 0),
             carry.buffer,
@@ -351,7 +353,7 @@ class MjxLoop:
         )
         fresh, task_state, view = self._start(count)
         data = select_lanes(done, fresh, data)
-        lanes = body.restart(state, lanes, done, task_state, view, count)
+        lanes = body.restart(before, lanes, done, task_state, view, count)
 
         filled = jnp.minimum(count * n, self.capacity)
         shape = (config.updates_per_iteration, config.batch_size)
