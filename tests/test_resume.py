@@ -1,6 +1,6 @@
-"""Going on exactly: replay segments, random generators, SIGTERM, a broken lane, and a run that is killed.
+"""Going on exactly: replay segments, random generators, SIGTERM, and a broken lane.
 
-The life cycle of a run, with a toy learner: `test_run.py`.
+The life cycle of a run, with a toy learner: `test_run.py`; runs that are killed: `test_sac.py`, `test_finetune.py`.
 """
 
 import errno
@@ -253,11 +253,3 @@ def test_a_broken_lane_is_reset_and_counted_and_the_others_do_not_notice():
     for a, b in zip(*trajectories):
         for x, y in zip(a, b):
             assert x.tobytes() == y.tobytes()
-
-
-@pytest.mark.skip(reason="takes minutes: every run judges in worker processes; `make drills` runs it")
-def test_a_killed_run_ends_with_the_very_bits(tmp_path):
-    """The short cut of `tests/long/kill_resume.py`: one SIGKILL at a random instant."""
-    from tests.long import kill_resume
-
-    assert kill_resume.main(kill_resume.Config(trials=1, stages=("pretrain",), keep=tmp_path / "runs"))

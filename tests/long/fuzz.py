@@ -202,7 +202,7 @@ class Attacks:
 
     @functools.cached_property
     def states(self) -> list[tuple[life.Run, life.Stage, dict]]:
-        """Run, stage and tables of a saved state of both long stages."""
+        """Run, stage and tables of a saved state of both long stages, each proved to be taken up as it is."""
         states = []
         for run, stage in (self._pretraining(self.place / "a"), self._finetuning(self.place / "b")):
             run.save(stage)
@@ -210,7 +210,16 @@ class Attacks:
             saved = checkpoints.load(run.resume_path)
             names = [name.removesuffix(".safetensors") for name in saved.manifest["files"]]
             states.append((run, stage, {name: checkpoints.load_extra(saved, name) for name in names}))
+            steps, run.steps = run.steps, -1
+            self._restore(*states[-1])  # else a refusal of a changed one would mean nothing
+            assert run.steps == steps, f"the unchanged state of {run.stage} was not taken up"
         return states
+
+    @staticmethod
+    def _restore(run: life.Run, stage: life.Stage, state: dict) -> None:
+        """Go on from these tables, as if they were on disk."""
+        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])):
+            run.restore(stage)
 
     @staticmethod
     def _pretraining(out: Path) -> tuple[life.Run, life.Stage]:
@@ -239,8 +248,8 @@ class Attacks:
         run, stage, saved = rng.choice(self.states)
         changed = rng.choice(sorted(saved.keys() - {"arrays", "golden"}))
         state = saved | {changed: mutations.other_table(rng, saved[changed])}
-        with mock.patch.object(checkpoints, "load_extra", lambda _, name: dict(state[name])), watched(self.place):
-            refused(lambda: run.restore(stage))
+        with watched(self.place):
+            refused(lambda: self._restore(run, stage, state))
 
     @functools.cached_property
     def _records(self) -> dict[Path, Callable[[Path], Any]]:
