@@ -107,13 +107,18 @@ def _lean_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def end_with_parent() -> None:
+    """In a process that `multiprocessing` has started: let it end when its parent does, however that was."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
     """In a process: make the object and answer calls of its methods until the connection closes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    end_with_parent()
     try:
         served = make(*arguments)
         while True:

@@ -36,6 +36,7 @@ from booster_soccer.envs.twin import Step, TwinEnv
 from booster_soccer.preprocess.observation import projected_gravity
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import score_terms
+from booster_soccer.rollout.processes import end_with_parent
 from booster_soccer.store import checkpoints
 
 SOURCES = ("zero", "random", "policy", "launched")
@@ -283,7 +284,7 @@ def main(config: Config) -> bool:
     reports = {key: Report() for key in itertools.product(c.TASKS, config.sources)}
     batches = [range(first, min(first + _BATCH, config.seeds)) for first in range(0, config.seeds, _BATCH)]
     jobs = [(task, source, seeds, config.checkpoint) for task, source in reports for seeds in batches]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=end_with_parent) as executor:
         for (task, source, seeds, _), report in zip(jobs, executor.map(_run, *zip(*jobs)), strict=True):
             reports[task, source].add(report)
             verdict = "UNEQUAL" if report.unequal else "equal"
