@@ -122,14 +122,15 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
         except RuntimeError as error:  # how PyTorch reports a full disk
             raise UserError(f"cannot write {config.out}: {_one_line(error)}; free space there") from error
         (work / PREPROCESSOR).write_text(inspect.getsource(Preprocessor))
-        score = prove(work, checkpoint, config)
-        _write_json(work / SCORE, score)
+        tasks = prove(work, checkpoint, config)
+        mean = float(np.mean([result["mean"] for result in tasks.values()]))
+        _write_json(work / SCORE, {"mean": mean} | identity | {"tasks": tasks})
         manifest = identity | {
             "stage": checkpoint.stage,
             "lineage": checkpoint.manifest["lineage"],  # of the checkpoint, oldest first
             "code": checkpoint.manifest["code"],
             "observation_layout": LAYOUT_HASH,
-            "official_score": score["mean"],
+            "official_score": mean,
             "versions": manifests.versions(),
             "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": {file: _sha256(work / file) for file in _FILES},
@@ -184,8 +185,8 @@ class SubmittedTorque(gym.Wrapper):
         return self.obs, reward, terminated, truncated, self.info
 
 
-def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> dict[str, Any]:
-    """Score the two files with the SDK and hold the result against our own; `UserError` if they differ."""
+def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> dict[str, dict[str, Any]]:
+    """Score the two files with the SDK, by task, and hold that against our own; `UserError` if they differ."""
     sdk, (official, player) = _import_sdk(), _import_player()
     policy = policy_from_arrays(checkpoint.arrays)
     tasks = {}
@@ -224,13 +225,7 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
             )
     if config.hold:
         _add_evaluation(tasks, policy, player)
-    return {
-        "mean": float(np.mean([result["mean"] for result in tasks.values()])),
-        "seed": config.seed,
-        "episodes_per_task": config.episodes,
-        "hold_physics_steps": _hold_steps(config),
-        "tasks": tasks,
-    }
+    return tasks
 
 
 def sdk_benchmark(

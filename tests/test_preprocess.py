@@ -18,7 +18,7 @@ from booster_soccer.envs import official
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe, projected_gravity, yaw_rad
 from booster_soccer.preprocess.official_layout import OFFICIAL_SIZE, official_features
 from booster_soccer.preprocess.submission import Preprocessor
-from gates import difference, in_jax, in_numpy, record, submitted_preprocessor, turn
+from gates import difference, in_jax, observed, record, submitted_preprocessor, turn
 
 STATES = 150  # per task; the gate asks for at least 100
 SQRT_HALF = np.sqrt(0.5)
@@ -74,7 +74,7 @@ def test_jax_float32_agrees_with_numpy(states, task):
     obs, info = states[task]
     in_float32 = in_jax(obs, info)
     assert in_float32.dtype == np.float32
-    assert_within(in_float32, in_numpy(obs, info), 1e-6)
+    assert_within(in_float32, observed(obs, info), 1e-6)
 
 
 @pytest.mark.parametrize("task", c.TASKS)
@@ -82,7 +82,7 @@ def test_jax_x64_agrees_with_numpy(states, task):
     obs, info = states[task]
     in_float64 = in_jax(obs, info, x64=True)
     assert in_float64.dtype == np.float64
-    assert_within(in_float64, in_numpy(obs, info), 1e-12)
+    assert_within(in_float64, observed(obs, info), 1e-12)
 
 
 @pytest.mark.parametrize("task", c.TASKS)
@@ -90,18 +90,18 @@ def test_submitted_class_agrees_with_numpy(states, submitted, task):
     obs, info = states[task]
     from_class = submitted.modify_state(obs, info)
     assert from_class.dtype == np.float32 and from_class.shape == (STATES, OBS_SIZE)
-    assert_within(from_class, in_numpy(obs, info), 1e-6)
+    assert_within(from_class, observed(obs, info), 1e-6)
     # Both compute in float64, so that the rounded numbers are the very same.
-    np.testing.assert_array_equal(from_class, in_numpy(obs, info).astype(np.float32))
+    np.testing.assert_array_equal(from_class, observed(obs, info).astype(np.float32))
 
 
 @pytest.mark.parametrize("task", c.TASKS)
 def test_one_state_or_a_batch_give_the_same(states, submitted, task):
     obs, info = states[task]
-    batch = in_numpy(obs, info)
+    batch = observed(obs, info)
     for i in range(0, STATES, 25):
         one = {key: value[i] for key, value in info.items()}
-        np.testing.assert_array_equal(in_numpy(obs[i], one), batch[i])
+        np.testing.assert_array_equal(observed(obs[i], one), batch[i])
         from_class = submitted.modify_state(obs[i], one)
         assert from_class.shape == (1, OBS_SIZE)
         np.testing.assert_array_equal(from_class[0], batch[i].astype(np.float32))
@@ -113,7 +113,7 @@ def test_submitted_class_takes_unbatched_info_beside_a_batch_of_one(states, subm
     one = {key: value[0] for key, value in info.items()}
     from_class = submitted.modify_state(np.zeros_like(obs[:1]), one)
     assert from_class.shape == (1, OBS_SIZE)
-    np.testing.assert_array_equal(from_class[0, 24:], in_numpy(obs[0], one).astype(np.float32)[24:])
+    np.testing.assert_array_equal(from_class[0, 24:], observed(obs[0], one).astype(np.float32)[24:])
     assert not from_class[0, :24].any()
 
 
@@ -121,7 +121,7 @@ def test_nothing_is_written_into_obs_or_info(states, submitted):
     obs, info = (copy.deepcopy(part) for part in states["obstacle"])
     for array in (obs, *info.values()):
         array.flags.writeable = False  # a write raises
-    in_numpy(obs, info)
+    observed(obs, info)
     submitted.modify_state(obs, info)
     submitted.modify_state(obs[0], {key: value[0] for key, value in info.items()})
     keys = set(info)
@@ -146,7 +146,7 @@ def test_the_platforms_vector_environment_and_model_manager(submitted):
     model = FirstJoints()
     manager = ModelManager(official.make("obstacle"), model, preprocessor_class=Preprocessor)
     action = manager.get_action(obs, info)
-    np.testing.assert_array_equal(model.seen, in_numpy(obs, info).astype(np.float32))
+    np.testing.assert_array_equal(model.seen, observed(obs, info).astype(np.float32))
     np.testing.assert_allclose(action, obs[:, :12] * c.TORQUE_LIMIT_NM, rtol=1e-4, atol=1e-4)
 
 
@@ -209,7 +209,7 @@ def test_quaternion_order_proved_by_turning_the_official_robot(task):
     obs, info = official.reset(env, seed=4)
     ahead_m = np.linalg.norm(info["ball_xpos_rel_robot"][:2])
     assert ahead_m > 0.4
-    ball_h = in_numpy(obs, info)[SLICES["ball_pos_rel_robot_h"]]
+    ball_h = observed(obs, info)[SLICES["ball_pos_rel_robot_h"]]
     np.testing.assert_allclose(ball_h[:2], [ahead_m, 0.0], atol=0.06)  # imu and ball are not on one line
 
     start_wxyz = info["robot_quat"][[3, 0, 1, 2]].astype(np.float64)
@@ -223,7 +223,7 @@ def test_quaternion_order_proved_by_turning_the_official_robot(task):
         mujoco.mju_mulQuat(quat_wxyz, start_wxyz, turn_wxyz)  # about the robot's own axis
         obs, info = turn(env, quat_wxyz)
         np.testing.assert_allclose(info["robot_quat"], quat_wxyz[[1, 2, 3, 0]], atol=1e-6)
-        turned = in_numpy(obs, info)
+        turned = observed(obs, info)
         np.testing.assert_allclose(turned[SLICES["projected_gravity_b"]], gravity_b, atol=1e-5)
         distance_m = np.linalg.norm(info["ball_xpos_rel_robot"][:2])
         expected = [0.0, -distance_m] if is_about_z else [distance_m, 0.0]
@@ -242,7 +242,7 @@ def test_heading_frame_and_gravity_are_those_of_mujocos_rotation_matrix(task):
         forward_w = body_to_world[:2, 0] / np.linalg.norm(body_to_world[:2, 0])
         left_w = np.array([-forward_w[1], forward_w[0]])
         ball_w = (data.site("ball").xpos - data.site(env.unwrapped._root_site).xpos)[:2]
-        numbers = in_numpy(obs, info)
+        numbers = observed(obs, info)
         expected_h = [forward_w @ ball_w, left_w @ ball_w]
         np.testing.assert_allclose(numbers[SLICES["ball_pos_rel_robot_h"]][:2], expected_h, atol=1e-5)
         expected_b = body_to_world.T @ [0.0, 0.0, -1.0]
@@ -278,7 +278,7 @@ def test_absolute_defenders_become_relative_and_absent_ones_zero(states):
         atol=1e-12,
     )
     for task in ("goalie", "target"):
-        assert np.abs(in_numpy(*states[task])[:, SLICES["defenders_pos_rel_robot_h"]]).max() < 1e-12
+        assert np.abs(observed(*states[task])[:, SLICES["defenders_pos_rel_robot_h"]]).max() < 1e-12
 
 
 def test_accelerometer_is_clipped_at_fifty():

@@ -166,7 +166,6 @@ def load_extra(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
 def load_latest(
     path: Path | str,
     stages: tuple[str, ...] | None = None,
-    verify: bool = True,
     accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> Checkpoint:
     """The checkpoint in `path`, or where that is missing or damaged the one before, with a warning.
@@ -176,7 +175,7 @@ def load_latest(
     """
 
     def attempt(place: Path) -> Checkpoint:
-        checkpoint = load(place, stages, verify)
+        checkpoint = load(place, stages)
         accept(checkpoint)
         return checkpoint
 
