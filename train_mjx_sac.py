@@ -200,27 +200,32 @@ class Pretraining:
         tables, replay = {"learner": sac.state_arrays(self.learner_state)}, None
         if self.config.resume_buffer == "saved":
             replay = self.loop.replay
-            sums = {f"sum.{name}": np.asarray(value) for name, value in self.statistics.sums.items()}
             tables["lanes"] = self.loop.arrays() | sums
         return State(sac.policy_arrays(self.learner_state), self.golden_obs(), tables, replay)
+        sums = {f"sum.{name}": np.asarray(value) for name, value in self.statistics.sums.items()}
 
     def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:
         """Go on from a saved state."""
         self.learner_state = sac.restore(self.learner_state, checkpoints.load_extra(saved, "learner"))
-        if self.config.resume_buffer == "refill":
-            self.learn_from = saved.manifest["steps"] + self.config.collect.learning_starts
-            return
-        if "lanes.safetensors" not in saved.manifest["files"]:
-            raise WrongRun(f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones")
-        lanes = checkpoints.load_extra(saved, "lanes")
+        else:
+            tables["statistics"] = sums
+        tables = [name for name in ("lanes", "statistics") if f"{name}.safetensors" in saved.manifest["files"]]
+        lanes = {name: value for table in tables for name, value in checkpoints.load_extra(saved, table).items()}
         sums = named(lanes, "sum.")
         if any(value.shape for value in sums.values()):
             raise UserError(f"{saved.path}: the saved state of the lanes is another code's: use the code that wrote it")
         replay = Replay(self.loop.replay.capacity, ROW_SHAPES)
         fill(replay)
         self.loop.restore({name: value for name, value in lanes.items() if not name.startswith("sum.")}, replay)
-        self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
 
+        self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
+        if self.config.resume_buffer == "refill":
+            steps, collect = saved.manifest["steps"], self.config.collect
+            self.learn_from = steps + collect.learning_starts
+            self.loop.begin(self.learner_state, steps // collect.num_envs)
+            return
+        if "lanes" not in tables:
+            raise WrongRun(f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones")
 
 def main(config: Config) -> Path:
     """Train; returns the checkpoint directory."""

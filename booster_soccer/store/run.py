@@ -199,7 +199,8 @@ class Run:
             while True:
                 # First what is due at this step, so that a run which goes on finds it due as well.
                 elapsed_s = time.monotonic() - started
-                out_of_time = 0 < time_limit_s <= elapsed_s and self.steps > 0  # something there is to judge
+                # Of all the run's processes; at least one step, so that there is something to judge.
+                out_of_time = 0 < time_limit_s <= before_s + elapsed_s and self.steps > 0
                 finished = self.steps >= total_steps or out_of_time
                 log_due = self._due("log", self.records.log_every, finished)
                 judge_due = self._due("judge", self.records.judge_every, finished)
