@@ -111,6 +111,16 @@ def test_resume_without_a_state_starts_from_the_beginning(config, whole, capsys)
     assert tables(config) == tables(whole) and numbers(config) == numbers(whole)
 
 
+def test_records_are_json_whatever_the_numbers(config):
+    """NaN is a word that other readers of JSON refuse."""
+    run = Run(config.out, "converted", config)
+    run.steps = 4
+    run.record({"loss": float("nan"), "value": float("-inf"), "steps_per_s": 2.0})
+    text = (config.out.parent / "run.metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert line == {"step": 4, "loss": None, "value": None, "steps_per_s": 2.0, "not_finite": 2}
+
+
 # --- killed -------------------------------------------------------------------------------------------
 
 
