@@ -1,29 +1,44 @@
-# make run    sets up everything and runs the chain with the demo preset
+# make run    sets up everything and runs the chain with the demo preset; PRESET=cpu RUN=DIR choose others
+# make resume goes on with a run that was ended
 # make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
+# make clean  deletes what make made: the environment and the tools' caches; runs/ stays
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run check fix test drills scene score check-pins clean
+.PHONY: setup run resume check fix test drills scene score check-pins clean
 
 setup: $(READY)
 
-# torch first and pinned: later requirements then find it satisfied.
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+# Made anew where its Python has gone, and where an installation was cut short: what is half there, pip takes for whole.
+# The version is looked at first, before anything is loaded down.
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { echo "error: \
+	$(PYTHON) is not Python 3.11 or 3.12: give one, make PYTHON=python3.12" >&2; exit 2; }
+	"$(PYTHON)" -m venv --clear $(VENV)
 
-run: setup
-	$(BIN)/python chain.py --preset $(PRESET) --out $(RUN)
+# torch first and pinned: later requirements then find it satisfied.
+$(READY): pyproject.toml constraints.txt $(BIN)/python
+	@if test -e $(HALF) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "an installation was cut short: the environment is made anew"; rm -f $(BIN)/python; \
+		$(MAKE) --no-print-directory $(BIN)/python; fi
+	@touch $(HALF)
+	{ $(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 && \
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"; } || { rm $(HALF); exit 2; }
+	@rm $(HALF)
+	@touch $@
+
+run resume: setup
+	@$(BIN)/python chain.py --preset $(PRESET) --out "$(RUN)" $(if $(filter resume,$@),--resume) || { status=$$?; \
+	echo "to go on: make resume PRESET=$(PRESET) RUN='$(RUN)'" >&2; exit $$status; }
 
 check: setup
 	$(BIN)/ruff check .
@@ -60,4 +75,7 @@ check-pins: setup
 		--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary moviepy --no-header --no-annotate
 
 clean:
-	rm -rf $(VENV) runs
+	@if test -d $(VENV) && ! test -e $(VENV)/pyvenv.cfg; then \
+		echo "error: $(VENV) is no environment of Python's, so it is not deleted" >&2; exit 2; fi
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path "./runs/*" -prune -exec rm -rf {} +

@@ -12,11 +12,17 @@ Input: nothing. Output: under `--out`
 
 Each stage is one of the scripts beside this file, run as a process of its own. The first one that fails stops
 the chain. The same command with `--resume` goes on: every stage knows its own finished output, and its unfinished one.
-SIGTERM is passed on to the stage, which saves its state; the chain ends with it, within 10 s, with status 143.
+SIGTERM and Ctrl-C are passed on to the stage, which saves its state; the chain ends with it, within 10 s, with status
+143 or 130.
 """
+
+from booster_soccer import terminal
+
+terminal.begin(__name__)
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import time
@@ -33,7 +39,9 @@ from booster_soccer import errors
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
-from booster_soccer.store.signals import STOPPED, StopSignal
+from booster_soccer.store.entry import guarded, owned
+from booster_soccer.store.manifests import finite
+from booster_soccer.store.signals import StopSignal, as_launcher
 
 SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores
@@ -108,18 +116,18 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
 def run_script(stage: str, command: list[str]) -> None:
     """Run one script to its end; `UserError` if it fails. It says itself what was wrong.
 
-    SIGTERM ends the script, then the chain: `SystemExit`.
+    SIGTERM and Ctrl-C end the script, then the chain: `SystemExit`. The script ends with the chain however that ends.
     """
     script, *arguments = command
     with StopSignal() as stop:
-        process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments])
+        process = subprocess.Popen([sys.executable, str(SCRIPTS / script), *arguments], env=as_launcher())
         while not stop.received and process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_S)
     if stop.received:
         end(process)
-        print(f"SIGTERM: stage '{stage}' is ended; the same command with --resume goes on from there", flush=True)
-        raise SystemExit(STOPPED)
+        print(f"{stop.name}: stage '{stage}' is ended; the same command with --resume goes on from there", flush=True)
+        raise SystemExit(stop.status)
     if status := process.returncode:
         raise UserError(
             f"stage '{stage}' failed: {script} ended with status {status}, its message is above; once its "
@@ -147,10 +155,10 @@ def read_scores(rows: list[Evaluation]) -> list[dict[str, Any]]:
         try:
             result = json.loads(row.file.read_text())
             tasks = {task: result["tasks"][task] for task in c.TASKS}
-            means = {task: float(of_task["mean"]) for task, of_task in tasks.items()}
-            steps = sum(float(of_task["mean_steps"]) for of_task in tasks.values()) / len(tasks)
-            low, high = map(float, result["ci95"])
-            mean = float(result["mean"])
+            means = {task: _number(of_task["mean"]) for task, of_task in tasks.items()}
+            steps = sum(_number(of_task["mean_steps"]) for of_task in tasks.values()) / len(tasks)
+            low, high = map(_number, result["ci95"])
+            mean = _number(result["mean"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{row.file} is no result of evaluate.py: remove it, --resume measures again") from error
         scores.append(
@@ -158,6 +166,11 @@ def read_scores(rows: list[Evaluation]) -> list[dict[str, Any]]:
             | {"ci95": [low, high], "mean_physics_steps": steps, "file": str(row.file)}
         )
     return scores
+
+
+def _number(value: Any) -> float:
+    """A number of a JSON file, where null stands for one that was not finite."""
+    return math.nan if value is None else float(value)
 
 
 def print_results(config: Config, scores: list[dict[str, Any]], seconds: dict[str, float]) -> None:
@@ -182,11 +195,18 @@ def print_results(config: Config, scores: list[dict[str, Any]], seconds: dict[st
     console.print(times)
 
 
+@guarded()
 def main(config: Config) -> Path:
     """Run the stages that are not finished; returns the directory of the run."""
     if config.seed < 0 or (config.pretrain_steps is not None and config.pretrain_steps < 1):
         raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
-    out, seconds = config.out or Path("runs") / config.preset, {}
+    out = config.out or Path("runs") / config.preset
+    with owned(out):
+        return _run(config, out)
+
+
+def _run(config: Config, out: Path) -> Path:
+    seconds: dict[str, float] = {}
     for stage, commands in stages(config, out).items():
         print(f"=== {stage}", flush=True)
         started = time.monotonic()
@@ -194,13 +214,13 @@ def main(config: Config) -> Path:
             run_script(stage, command)
         seconds[stage] = round(time.monotonic() - started, 1)
     scores = read_scores(evaluations(out, config.seed))
-    print_results(config, scores, seconds)
     settings = {"preset": config.preset, "seed": config.seed, "pretrain_steps": config.pretrain_steps}
     sdk_score = json.loads((out / "submission" / "score.json").read_text())["mean"]
     summary = {"settings": settings, "seconds": seconds, "scores": scores, "sdk_score": sdk_score}
     with os_errors(f"write {out / 'summary.json'}", OTHER_PLACE):
         (out / "summary.json").unlink(missing_ok=True)
-        write_file(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        write_file(out / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
+    print_results(config, scores, seconds)
     print(out)
     return out
 

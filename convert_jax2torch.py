@@ -12,6 +12,10 @@ from the official environments, and of drawn ones. Nothing is written if the act
 in float64 on both sides, or 1e-4 in float32. A conversion that is there already is recognised.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.play import met_observations
 from booster_soccer.store import checkpoints
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.places import check_output_dir
 
@@ -81,6 +86,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     return groups
 
 
+@guarded("out")
 def main(config: Config) -> Path:
     """Convert, check, write; returns the output directory."""
     if config.real_observations < 0 or config.seed < 0:

@@ -12,7 +12,12 @@ distribution of the scores. `--only` plays one episode again, by its task and se
 on the number of workers, nor on the backend: the twin gives the official numbers, faster.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +32,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
+from booster_soccer.store.entry import guarded
 from booster_soccer.tracking import report
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
@@ -76,12 +82,13 @@ def _episode(text: str) -> Episode:
 def replay_command(config: Config, episode: Episode) -> str:
     """The command that plays one of the evaluated episodes again, with the same score."""
     which = ("--checkpoint", config.checkpoint) if config.checkpoint is not None else ("--policy", config.policy)
-    words = ["python", "evaluate.py", *which, "--only", f"{episode.task}:{episode.seed}"]
+    words = [sys.executable, "evaluate.py", *which, "--only", f"{episode.task}:{episode.seed}"]
     if config.start_noise > 0.0:
         words += ["--start-noise", config.start_noise]
     return shlex.join(map(str, words))
 
 
+@guarded("json", "plot")
 def main(config: Config) -> dict:
     """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
     _check(config)
@@ -107,18 +114,23 @@ def main(config: Config) -> dict:
         [played] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
         result |= {"backend": config.backend, "start_noise_rad": config.start_noise}
         result |= asdict(played) | {"ending": ending(played)}
-        report.print_episode(asdict(played), f"{title}, {config.only}: {result['ending']}")
     else:
         result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
+    # First what is kept: whatever happens to the screen, the episodes have been played.
+    if config.json is not None:
+        report.write_json(result, config.json)
+    if config.plot is not None:
+        report.plot(result, title, config.plot)
+    if config.only is not None:
+        report.print_episode(asdict(played), f"{title}, {config.only}: {result['ending']}")
+    else:
         report.print_result(result, title)
         worst = report.worst_episodes(result["tasks"]["target"])[0]
         print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")
     print(f"{time.perf_counter() - started:.0f} s")
-    if config.plot is not None:
-        report.plot(result, title, config.plot)
-        print(config.plot)
-    if config.json is not None:
-        report.write_json(result, config.json)
+    for file in (config.plot, config.json):
+        if file is not None:
+            print(file)
     return result
 
 

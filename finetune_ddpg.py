@@ -21,6 +21,10 @@ run (`rewards/annealing.py`). The score is paid when an episode ends, by its rul
 platform; only the first stops the bootstrap.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 import contextlib
 import os
 import sys
@@ -52,9 +56,10 @@ from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
-from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
+from booster_soccer.store.signals import Stopped, StopSignal
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -137,6 +142,8 @@ def check(config: Config) -> None:
     for name, other in (("warmup_steps", "batch_size"), ("buffer_size", "warmup_steps")):
         if settings[name] < settings[other]:
             raise UserError(f"--{name.replace('_', '-')} must be at least {other} ({settings[other]})")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here (torch.cuda.is_available()): use auto or cpu")
     if not 0.0 < config.ddpg.discount < 1.0:
         raise UserError(f"--discount must lie between 0 and 1, got {config.ddpg.discount}")
 
@@ -178,7 +185,7 @@ class Finetuning:
         self.statistics = Statistics({})
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device="cpu")
 
     # --- one iteration ----------------------------------------------------------------------------------
 
@@ -399,6 +406,7 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@guarded("out")
 def main(config: Config) -> Path:
     """Fine-tune; returns the output directory."""
     check(config)
@@ -428,8 +436,8 @@ def main(config: Config) -> Path:
                 arrays, verdict = stage.choose()
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
-            print(f"SIGTERM: {where}", flush=True)
-            raise SystemExit(STOPPED) from None
+            print(f"{stop.name}: {where}", flush=True)
+            raise SystemExit(stop.status) from None
         return run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
 
 

@@ -14,6 +14,10 @@ official environment what the pre-trained one does in the pre-training scene, fr
 the episode, falls, distance walked, touches and score, per task.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 import functools
 import os
 import sys
@@ -47,6 +51,7 @@ from booster_soccer.rollout.play import Episode, Recorded, play_in_workers
 from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
+from booster_soccer.store.entry import guarded
 from booster_soccer.tracking.report import finished, write_json
 
 MIN_STATES = 100  # per task
@@ -386,6 +391,7 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
     return pretrained, converted
 
 
+@guarded("json")
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, write the JSON file if one is named; returns its content, `passed` is the verdict."""
     pretrained, converted = load(config)
@@ -418,9 +424,11 @@ def main(config: Config) -> dict[str, Any]:
         "scores": scores,
         "behaviour": behaviour,
     }
-    _print(checks)
     if config.json is not None:
         write_json(report, config.json)
+    _print(checks)
+    if config.json is not None:
+        print(config.json)
     return report
 
 

@@ -21,12 +21,17 @@ SDK itself; we neither hold nor print it. The SDK writes a `.sai` directory into
 as it is imported, so it is imported only when it is needed.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,7 +55,8 @@ from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.store import checkpoints, manifests
-from booster_soccer.store.places import is_vacant
+from booster_soccer.store.entry import guarded
+from booster_soccer.store.places import check_own_directory, is_vacant
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
@@ -76,6 +82,7 @@ class Config:
     name: str = ""  # of the submission; empty: stage and hash of the checkpoint
 
 
+@guarded("out")
 def main(config: Config) -> Path:
     """Write and prove the package, send it if told to; return its directory."""
     _check_config(config)
@@ -83,7 +90,7 @@ def main(config: Config) -> Path:
     if checkpoint.stage == "pretrained":
         raise UserError(
             f"checkpoint {config.checkpoint} is 'pretrained', and the platform takes PyTorch: convert it "
-            f"first, python convert_jax2torch.py --checkpoint {config.checkpoint} --out DIR"
+            f"first, {sys.executable} convert_jax2torch.py --checkpoint {config.checkpoint} --out DIR"
         )
     identity = {
         "format": FORMAT,
@@ -375,6 +382,7 @@ def _check_config(config: Config) -> None:
         raise UserError(f"--episodes {config.episodes}: at least one episode per task is needed")
     if not 0 <= config.seed < 2**256:
         raise UserError(f"--seed {config.seed}: the platform's seeds are 0 to 2^256 - 1")
+    check_own_directory(config.out)
     if config.yes and not os.environ.get(KEY_VARIABLE):
         raise UserError(f"no API key: set {KEY_VARIABLE} to the key of your account, or leave out --yes")
 
@@ -403,7 +411,7 @@ def _sha256(file: Path) -> str:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(manifests.finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _one_line(error: BaseException) -> str:

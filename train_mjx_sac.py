@@ -16,15 +16,20 @@ The learner is in `booster_soccer/agents/sac.py`, the loops that collect in `boo
 life of a run in `booster_soccer/store/run.py`.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-# These count only if set before jax is imported.
+# These count only if set before JAX is imported, or at least before it is used: `jax_as_trained`.
+_JAX_IN_USE = "jax" in sys.modules and sys.modules["jax"]._src.xla_bridge.backends_are_initialized()
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
@@ -49,6 +54,7 @@ from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, N
 from booster_soccer.rollout.judge import judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
@@ -127,8 +133,28 @@ def check(config: Config) -> None:
         raise UserError(
             f"--buffer-size {config.collect.buffer_size} is less than one action of {config.collect.num_envs} lanes"
         )
-    if config.engine == "mjx" and jax.default_backend() == "cpu":
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        where = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
+        raise UserError(f"JAX finds no device with {where}: {error}; unset it, or set it to cpu") from error
+    if config.engine == "mjx" and backend == "cpu":
         print("warning: JAX sees no GPU: MJX is some 40 times slower than --engine native here", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def jax_as_trained(backend: str) -> Iterator[None]:
+    """JAX as these presets are measured, whatever a notebook has set before; what comes too late is said."""
+    if _JAX_IN_USE and backend != "cpu":
+        share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+        print(
+            "warning: JAX was in use before train_mjx_sac was imported, so that its memory settings (at most the share "
+            f"{share} of the GPU, not all at once) do not count: restart, and import it first",
+            file=sys.stderr,
+        )
+    precision = os.environ["JAX_DEFAULT_MATMUL_PRECISION"]
+    with jax.enable_x64(False), jax.default_matmul_precision(precision), jax.debug_nans(False):
+        yield
 
 
 class Pretraining:
@@ -198,30 +224,36 @@ class Pretraining:
     def state(self) -> State:
         """Learner and, with a saved buffer, lanes and statistics."""
         tables, replay = {"learner": sac.state_arrays(self.learner_state)}, None
+        sums = {f"sum.{name}": np.asarray(value) for name, value in self.statistics.sums.items()}
         if self.config.resume_buffer == "saved":
             replay = self.loop.replay
-            sums = {f"sum.{name}": np.asarray(value) for name, value in self.statistics.sums.items()}
             tables["lanes"] = self.loop.arrays() | sums
+        else:
+            tables["statistics"] = sums
         return State(sac.policy_arrays(self.learner_state), self.golden_obs(), tables, replay)
 
     def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:
         """Go on from a saved state."""
         self.learner_state = sac.restore(self.learner_state, checkpoints.load_extra(saved, "learner"))
-        if self.config.resume_buffer == "refill":
-            self.learn_from = saved.manifest["steps"] + self.config.collect.learning_starts
-            return
-        if "lanes.safetensors" not in saved.manifest["files"]:
-            raise WrongRun(f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones")
-        lanes = checkpoints.load_extra(saved, "lanes")
+        tables = [name for name in ("lanes", "statistics") if f"{name}.safetensors" in saved.manifest["files"]]
+        lanes = {name: value for table in tables for name, value in checkpoints.load_extra(saved, table).items()}
         sums = named(lanes, "sum.")
         if any(value.shape for value in sums.values()):
             raise UserError(f"{saved.path}: the saved state of the lanes is another code's: use the code that wrote it")
+        self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
+        if self.config.resume_buffer == "refill":
+            steps, collect = saved.manifest["steps"], self.config.collect
+            self.learn_from = steps + collect.learning_starts
+            self.loop.begin(self.learner_state, steps // collect.num_envs)
+            return
+        if "lanes" not in tables:
+            raise WrongRun(f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones")
         replay = Replay(self.loop.replay.capacity, ROW_SHAPES)
         fill(replay)
         self.loop.restore({name: value for name, value in lanes.items() if not name.startswith("sum.")}, replay)
-        self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
 
 
+@guarded("out")
 def main(config: Config) -> Path:
     """Train; returns the checkpoint directory."""
     check(config)
@@ -233,7 +265,11 @@ def main(config: Config) -> Path:
         print(config.out)
         return config.out
     goes_on = run.goes_on(config.resume)
-    with StopSignal() as stop, contextlib.closing(Pretraining(config, run, init, teachers)) as stage:
+    with (
+        StopSignal() as stop,
+        jax_as_trained(jax.default_backend()),
+        contextlib.closing(Pretraining(config, run, init, teachers)) as stage,
+    ):
         if goes_on:
             run.restore(stage)
             how = "exactly where it was" if config.resume_buffer == "saved" else "with a new replay buffer"

@@ -151,6 +151,28 @@ def test_the_ramp_is_that_of_the_steps_taken(loops, engine):
 
 
 @both
+def test_with_a_new_buffer_the_ramp_and_the_draws_go_on(loops, engine):
+    """Once the ramp began again, and the first draws too; and only what is in the buffer is learned from."""
+    loop, state = loops[engine].loop, loops[engine].begin()
+    state, _ = loops[engine].run(state, 2 * CALL)
+    loop.begin(state, 2 * CALL)
+    assert loop.replay.added == 0 and set(np.asarray(loop.lanes.task_state.task)) == {c.TARGET}
+    seen = np.array(loop.lanes.critic_obs)
+    if engine == "mjx":
+        loop.carry = loop.carry._replace(buffer=jax.tree.map(lambda rows: rows * np.nan, loop.carry.buffer))
+    else:
+        for rows in loop.replay.arrays.values():
+            rows[:] = np.nan
+    state, _ = loops[engine].run(state, CALL, learn=True)
+    rows = loops[engine].rows()
+    assert rows.reward.shape == (CALL, LANES) and loop.replay.added == CALL * LANES
+    np.testing.assert_array_equal(rows.critic_obs[0], seen)
+    assert all(np.isfinite(values).all() for values in jax.tree.leaves(state.critic))
+    loop.begin(state, 2 * CALL + 1)
+    assert not np.isclose(loop.lanes.critic_obs, seen).all(axis=-1).any()  # other draws
+
+
+@both
 def test_an_episodes_first_observation_is_noisy_as_the_others(loops, engine):
     loops[engine].run(loops[engine].begin(), CALL)
     critic_obs = loops[engine].rows().critic_obs

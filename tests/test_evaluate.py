@@ -346,7 +346,7 @@ def test_bad_input_is_told_before_anything_runs(made_up, tmp_path):
     refused("seed .-1.", policy="zero", seed=-1)
     refused("start noise .-0.1.", policy="zero", start_noise=-0.1)
     refused("workers .0.", policy="zero", workers=0)
-    refused("start noise .nan.", policy="zero", start_noise=float("nan"))
+    refused("--start-noise cannot be nan", policy="zero", start_noise=float("nan"))
     for only in ("target", "target:", "target:-1", "target:1.5", "keeper:3", f"target:{2**64}"):
         refused(f"--only {only} is not task:seed", policy="zero", only=only)
     refused("needs a name that ends in .png", policy="zero", plot=tmp_path / "plot.txt")

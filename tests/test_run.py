@@ -111,6 +111,16 @@ def test_resume_without_a_state_starts_from_the_beginning(config, whole, capsys)
     assert tables(config) == tables(whole) and numbers(config) == numbers(whole)
 
 
+def test_records_are_json_whatever_the_numbers(config):
+    """NaN is a word that other readers of JSON refuse."""
+    run = Run(config.out, "converted", config)
+    run.steps = 4
+    run.record({"loss": float("nan"), "value": float("-inf"), "steps_per_s": 2.0})
+    text = (config.out.parent / "run.metrics.jsonl").read_text()
+    line = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert line == {"step": 4, "loss": None, "value": None, "steps_per_s": 2.0, "not_finite": 2}
+
+
 # --- killed -------------------------------------------------------------------------------------------
 
 
@@ -260,6 +270,29 @@ def test_a_run_with_a_new_buffer_writes_none(config):
     assert "run.replay" not in names(config)
     toy = go(refill, resume=True)
     assert toy.done["step"] == [32, 36] and toy.replay.added == 8
+    assert names(config) == ["run", "run.metrics.jsonl"]
+
+
+def test_with_a_new_buffer_what_is_due_stays_due(config):
+    """Nothing of it is the buffer's: a judgement that was stopped, the counters, the time that is spent."""
+    refill = dataclasses.replace(config, resume_buffer="refill")
+    assert stopped(refill, "judge_24").done["judge"] == [12, 24]
+    again = stopped(refill, "judge_40", resume=True)
+    assert again.done["judge"] == [24, 36, 40] and "run" not in names(config)
+    assert stopped(refill, "judge_40", resume=True).done == {"step": [], "log": [], "judge": [40], "state": [40]}
+    last = go(refill, resume=True)
+    assert last.done["judge"] == [40] and last.done["step"] == []
+    assert checkpoints.load(config.out).manifest["metrics"]["best_step"] in (12, 24, 36, 40)
+
+
+@pytest.mark.parametrize("buffer", ["saved", "refill"])
+def test_a_time_limit_counts_the_time_before_a_kill(config, buffer):
+    config = dataclasses.replace(config, resume_buffer=buffer, time_limit_s=500.0)
+    killed(config, "step_20")
+    metrics = config.out.parent / "run.metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(line | {"wall_s": 600.0}) + "\n" for line in lines))
+    assert go(config, resume=True).done["step"] == []
     assert names(config) == ["run", "run.metrics.jsonl"]
 
 

@@ -20,6 +20,7 @@ from booster_soccer.rollout.collect import ROW_SHAPES, Lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
+from booster_soccer.store.run import Run
 from tests.small_pretraining import COLLECT, LANES, LEARNER, RECORDS, config, no_judge
 
 # --- the learner ------------------------------------------------------------------------------------------
@@ -228,11 +229,28 @@ class Still:
         self.count += 1
         return state, {"critic_loss": np.float32(1.0 if self.count < 10 else np.nan)}
 
+    def begin(self, state, count):
+        self.count, self.log_alpha = count, float(state.log_alpha)
+
     def arrays(self):
         return {"count": np.array(self.count)}
 
     def close(self):
         pass
+
+
+def test_with_a_new_buffer_all_but_the_buffer_comes_back(tmp_path, monkeypatch):
+    """The iteration, on which the ramp and every draw depend, the learner, and the sums for the log."""
+    monkeypatch.setattr(train, "NativeLoop", Still)
+    settings = config(tmp_path / "run", resume_buffer="refill")
+    before, after = (train.Pretraining(settings, Run(tmp_path / "run", "pretrained", settings), None, []) for _ in "12")
+    before.run.steps, before.statistics.sums = 7 * LANES, {"reward": jnp.float32(3.0)}
+    before.learner_state = before.learner_state._replace(log_alpha=jnp.float32(-7.0))
+    before.run.save(before)
+    after.run.restore(after)
+    assert after.run.steps == 7 * LANES and after.loop.count == 7 and after.loop.log_alpha == -7.0
+    assert after.statistics.sums == {"reward": 3.0}
+    assert after.learn_from == 7 * LANES + settings.collect.learning_starts
 
 
 def test_a_diverged_run_is_not_judged_again_and_ends_with_what_was_best_before(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ conversion, the observation normaliser folded into each first layer; the critics
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 
 NUM_CRITICS = 2
+_AS_SAVED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever a notebook's defaults are
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Actor(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input = nn.Linear(OBS_SIZE, HIDDEN)
-        self.hidden = nn.Linear(HIDDEN, HIDDEN)
-        self.output = nn.Linear(HIDDEN, c.NUM_JOINTS)
+        self.input = nn.Linear(OBS_SIZE, HIDDEN, **_AS_SAVED)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN, **_AS_SAVED)
+        self.output = nn.Linear(HIDDEN, c.NUM_JOINTS, **_AS_SAVED)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         x = F.silu(self.input(obs))
@@ -60,11 +61,11 @@ class Critic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.input = nn.Linear(CRITIC_OBS_SIZE + c.NUM_JOINTS, HIDDEN)
-        self.input_norm = nn.LayerNorm(HIDDEN, eps=1e-6)
-        self.hidden = nn.Linear(HIDDEN, HIDDEN)
-        self.hidden_norm = nn.LayerNorm(HIDDEN, eps=1e-6)
-        self.output = nn.Linear(HIDDEN, 1)
+        self.input = nn.Linear(CRITIC_OBS_SIZE + c.NUM_JOINTS, HIDDEN, **_AS_SAVED)
+        self.input_norm = nn.LayerNorm(HIDDEN, eps=1e-6, **_AS_SAVED)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN, **_AS_SAVED)
+        self.hidden_norm = nn.LayerNorm(HIDDEN, eps=1e-6, **_AS_SAVED)
+        self.output = nn.Linear(HIDDEN, 1, **_AS_SAVED)
 
     def forward(self, critic_obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         x = F.silu(self.input_norm(self.input(torch.cat([critic_obs, action], dim=-1))))
@@ -216,7 +217,7 @@ class Ddpg:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_learning_rate)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=config.critic_learning_rate)
         self.obs_mean, self.obs_scale = self.tensor(obs_mean), self.tensor(obs_scale)
-        rest = torch.zeros(self.critics[0].input.in_features - OBS_SIZE, device=self.device)
+        rest = self.tensor(np.zeros(self.critics[0].input.in_features - OBS_SIZE))
         self._critic_mean = torch.cat([self.obs_mean, rest])
         self._critic_scale = torch.cat([self.obs_scale, rest + 1.0])
         self.updates = 0
@@ -230,6 +231,7 @@ class Ddpg:
         """Actions (B, 12) without noise for observations (B, 87)."""
         return self.actor(self.tensor(obs)).cpu().numpy()
 
+    @torch.enable_grad()
     def update(self, batch: Batch, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """One gradient step of the critics, and at every `actor_every`-th of the actor's `layers`."""
         config = self.config
@@ -260,7 +262,7 @@ class Ddpg:
         state = network_arrays({"target_actor": self.target_actor})
         for name, optimizer in self._optimizers().items():
             for index, entry in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{key}": value.cpu().numpy() for key, value in entry.items()}
+                state |= {f"{name}.{index}.{key}": value.cpu().float().numpy() for key, value in entry.items()}
         return state | {
             "obs_mean": self.obs_mean.cpu().numpy(),
             "obs_scale": self.obs_scale.cpu().numpy(),
@@ -279,7 +281,7 @@ class Ddpg:
             entries: dict[int, dict[str, torch.Tensor]] = {}
             for path, value in named(state, f"{name}.").items():
                 index, key = path.split(".")
-                entries.setdefault(int(index), {})[key] = torch.as_tensor(value)
+                entries.setdefault(int(index), {})[key] = torch.as_tensor(value, device="cpu")
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for number, entry in entries.items():
                 shape = parameters[number].shape

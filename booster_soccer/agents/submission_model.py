@@ -12,8 +12,10 @@ other last digits in every library, on every processor and at every batch size, 
 a tenth digit can decide an episode. Rounded from float64 the action is the same everywhere (NumPy gives
 the same torque, bit for bit), but for the rare number that lies within 1e-16 of a rounding boundary.
 
-No gradient is recorded: the platform calls models with autograd on, and a buffer inside the graph would
-keep a whole episode alive.
+No gradient is recorded: the platform calls models with autograd on, and a state inside the graph would
+keep a whole episode alive. The lanes' state is neither parameter nor buffer, and nothing is written in place: so a
+module that has played saves and loads like a new one, and it does not matter in which mode (`inference_mode`,
+`no_grad`, none) or thread a tensor was born.
 """
 
 import copy
@@ -28,7 +30,7 @@ from booster_soccer.preprocess.observation import SLICES
 
 
 def _float32(values: np.ndarray) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 class SubmissionModel(nn.Module):
@@ -50,9 +52,9 @@ class SubmissionModel(nn.Module):
         self.register_buffer("kp_nm_per_rad", _float32(c.KP_NM_PER_RAD))
         self.register_buffer("kd_nms_per_rad", _float32(c.KD_NMS_PER_RAD))
         self.register_buffer("torque_limit_nm", _float32(c.TORQUE_LIMIT_NM))
-        # Per lane: the held joint target, and how many calls it has served (0: a new one is due).
-        self.register_buffer("target_rad", torch.zeros(0, c.NUM_JOINTS))
-        self.register_buffer("age", torch.zeros(0, dtype=torch.int64))
+        # Per lane: the held joint target, and how many calls it has served (0: a new one is due). Plain attributes.
+        self.target_rad = torch.zeros(0, c.NUM_JOINTS, dtype=torch.float32, device="cpu")
+        self.age = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def joint_target_rad(self, obs: torch.Tensor) -> torch.Tensor:
         """The actor's joint target (12,) for one lane's observation (87,)."""
@@ -62,21 +64,25 @@ class SubmissionModel(nn.Module):
     def held_targets_rad(self, obs: torch.Tensor, joint_vel_rad_s: torch.Tensor) -> torch.Tensor:
         """Joint targets (B, 12), renewed in the lanes where the old one has served its time."""
         batch = obs.shape[0]
-        if self.age.shape[0] != batch:  # type: ignore[has-type]
-            self.target_rad = torch.zeros(batch, joint_vel_rad_s.shape[1], device=obs.device)
-            self.age = torch.zeros(batch, dtype=torch.int64, device=obs.device)
-        first_step = torch.all(joint_vel_rad_s == 0.0, dim=1)
-        renew = torch.logical_or(first_step, self.age == 0)
+        held_rad, age = self.target_rad.to(obs.device), self.age.to(obs.device)
+        if age.shape[0] != batch:
+            held_rad = torch.zeros(batch, joint_vel_rad_s.shape[1], dtype=torch.float32, device=obs.device)
+            age = torch.zeros(batch, dtype=torch.int64, device=obs.device)
+        renew = torch.logical_or(torch.all(joint_vel_rad_s == 0.0, dim=1), age == 0)
+        lanes = [held_rad[:0]]
         for lane in range(batch):
-            if bool(renew[lane]):
-                self.target_rad[lane] = self.joint_target_rad(obs[lane])
-                self.age[lane] = 0
-        self.age = (self.age + 1) % self.calls_per_action
+            target_rad = self.joint_target_rad(obs[lane]) if bool(renew[lane]) else held_rad[lane]
+            lanes.append(target_rad.unsqueeze(0))
+        self.target_rad = torch.cat(lanes)
+        self.age = (torch.where(renew, torch.zeros_like(age), age) + 1) % self.calls_per_action
         return self.target_rad
 
     def fresh_targets_rad(self, obs: torch.Tensor) -> torch.Tensor:
         """Joint targets (B, 12) of this very step."""
-        return torch.stack([self.joint_target_rad(obs[lane]) for lane in range(obs.shape[0])])
+        lanes = [torch.zeros(0, self.default_pose_rad.shape[0], dtype=torch.float32, device=obs.device)]
+        for lane in range(obs.shape[0]):
+            lanes.append(self.joint_target_rad(obs[lane]).unsqueeze(0))
+        return torch.cat(lanes)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -6,7 +6,11 @@ observed joint state at every 500 Hz step. Nothing in this module imports JAX or
 processes stay small.
 """
 
+import functools
+import importlib.util
+import runpy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -59,14 +63,24 @@ def make(task: str) -> TaskIndex:
     if task not in c.TASKS:
         raise UserError(f"unknown task '{task}': choose one of {', '.join(c.TASKS)}")
     scene.check_mujoco_version()
+    scene.keep_mujoco_quiet()
     return TaskIndex(gym.make(c.GYM_ID[task]), task)
 
 
 def match_seed(master: int, index: int) -> int:
-    """The platform's seed of an episode: its own function, imported here because `sai_rl` is slow to load."""
-    from sai_rl.benchmark.seed import get_match_seed
+    """The platform's seed of an episode, by its own function."""
+    return _match_seed_of_the_platform()(master, index)
 
-    return get_match_seed(master, index)
+
+@functools.cache
+def _match_seed_of_the_platform() -> Callable[[int, int], int]:
+    """Run from its file alone: `sai_rl` itself takes seconds, wants a home directory to write to, and changes how
+    tracebacks look.
+    """
+    package = importlib.util.find_spec("sai_rl")
+    if package is None or package.origin is None:
+        raise UserError("the platform's SDK is not there: install sai-rl, in the version of constraints.txt")
+    return runpy.run_path(str(Path(package.origin).parent / "benchmark" / "seed.py"))["get_match_seed"]
 
 
 def start_noise_rad(seed: int, sd_rad: float) -> np.ndarray:

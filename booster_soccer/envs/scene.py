@@ -38,6 +38,11 @@ class Addresses(NamedTuple):
     joint_v: np.ndarray  # (12,)
 
 
+def keep_mujoco_quiet() -> None:
+    """MuJoCo's own way to warn is to append to a file in the working directory; broken lanes are reported by us."""
+    mujoco.set_mju_user_warning(lambda _: None)
+
+
 def check_mujoco_version(version: str = mujoco.__version__) -> None:
     """Raise unless mujoco is the version that everything here was measured with.
 

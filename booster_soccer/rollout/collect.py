@@ -221,17 +221,23 @@ class NativeLoop:
     def __init__(self, config: CollectConfig, sac: Sac, tasks: Tasks, seed: int, state: SacState):
         self.config = config
         self.engine = NativeEngine(config.num_envs, num_threads=usable_cores(), dr_level=config.dr_level, seed=seed)
-        self.count = 0  # iterations
+        self.count: int  # iterations
         self.rng = np.random.default_rng(seed)
         body = Iteration(config, sac, tasks, seed)
         self._ramp = jax.jit(body.ramp)
         self._act, self._after = jax.jit(body.act), jax.jit(body.after)
         self._start, self._restart = jax.jit(body.start), jax.jit(body.restart)
         self._update = jax.jit(sac.update_many, donate_argnums=0)
+        self._observe = jax.jit(body.observe)
+        self.begin(state, 0)
+
+    def begin(self, state: SacState, count: int) -> None:
+        """Fresh starts in all lanes, and an empty buffer, after `count` iterations; what ramps is that far then."""
+        self.count, config = count, self.config
         self.replay = Replay(config.buffer_size, ROW_SHAPES)
-        qpos, qvel, task_state = self._start(self.count)
+        qpos, qvel, task_state = self._start(count)
         self.engine.reset(np.arange(config.num_envs), np.asarray(qpos), np.asarray(qvel))
-        seen = jax.jit(body.observe)(state, self.engine.view(), task_state, self.count)
+        seen = self._observe(state, self.engine.view(), task_state, count)
         self.lanes = Lanes(task_state, seen, jnp.asarray(first_cuts(config, self.rng)))
 
     def _sample(self) -> Batch:
@@ -288,6 +294,7 @@ class MjxCarry(NamedTuple):
     lanes: Lanes
     buffer: Batch  # leading axis = capacity
     count: jax.Array  # () iterations
+    first: jax.Array  # () those before the buffer's first row: 0, unless the run went on with a new buffer
 
 
 # What a physics step reads of `mjx.Data`, and the sensors that the next observation may read.
@@ -324,12 +331,18 @@ class MjxLoop:
         self.body = Iteration(config, sac, tasks, seed)
         self.capacity = config.buffer_size - config.buffer_size % config.num_envs
         self._sample_key = jax.random.key(seed)
+        self._rng = np.random.default_rng(seed)
         self._run = jax.jit(self._iterations, donate_argnums=(0, 1))
-        data, task_state, view = jax.jit(self._start)(0)
-        seen = jax.jit(self.body.observe)(state, view, task_state, 0)
-        cuts = jnp.asarray(first_cuts(config, np.random.default_rng(seed)))
+        self._begin, self._observe = jax.jit(self._start), jax.jit(self.body.observe)
+        self.begin(state, 0)
+
+    def begin(self, state: SacState, count: int) -> None:
+        """Fresh starts in all lanes, and an empty buffer, after `count` iterations; what ramps is that far then."""
+        data, task_state, view = self._begin(count)
+        seen = self._observe(state, view, task_state, count)
+        cuts = jnp.asarray(first_cuts(self.config, self._rng))
         buffer = Batch(**{name: jnp.zeros((self.capacity, *shape)) for name, shape in ROW_SHAPES.items()})
-        self.carry = MjxCarry(data, Lanes(task_state, seen, cuts), buffer, jnp.int32(0))
+        self.carry = MjxCarry(data, Lanes(task_state, seen, cuts), buffer, jnp.int32(count), jnp.int32(count))
 
     def _start(self, count: jax.Array):
         """Fresh starts for all lanes: data, task state and view."""
@@ -347,7 +360,7 @@ class MjxLoop:
         before = state  # all noise of an iteration is of one normaliser
         state, lanes, done, rows, sums = body.after(before, carry.lanes, self.engine.view(data, touched), action, count)
         buffer = jax.tree.map(
-            lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, carry.count * n % self.capacity, 0),
+            lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, (carry.count - carry.first) * n % self.capacity, 0),
             carry.buffer,
             rows,
         )
@@ -355,7 +368,7 @@ class MjxLoop:
         data = select_lanes(done, fresh, data)
         lanes = body.restart(before, lanes, done, task_state, view, count)
 
-        filled = jnp.minimum(count * n, self.capacity)
+        filled = jnp.minimum((count - carry.first) * n, self.capacity)
         shape = (config.updates_per_iteration, config.batch_size)
         index = jax.random.randint(jax.random.fold_in(self._sample_key, count), shape, 0, filled)
         batches, ramp = jax.tree.map(lambda b: b[index], buffer), body.ramp(count)
@@ -363,7 +376,7 @@ class MjxLoop:
         _, shapes = jax.eval_shape(self.sac.update_many, state, batches, ramp)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         state, metrics = jax.lax.cond(learn, self.sac.update_many, lambda s, *_: (s, nothing), state, batches, ramp)
-        return state, MjxCarry(data, lanes, buffer, count), (sums, metrics)
+        return state, MjxCarry(data, lanes, buffer, count, carry.first), (sums, metrics)
 
     def _iterations(self, state: SacState, carry: MjxCarry, learn: jax.Array):
         def one(both, _):
@@ -388,7 +401,7 @@ class MjxLoop:
     @property
     def replay(self) -> DeviceReplay:
         """The buffer, for saving."""
-        return DeviceReplay(self.carry.buffer, int(self.carry.count) * self.config.num_envs)
+        return DeviceReplay(self.carry.buffer, int(self.carry.count - self.carry.first) * self.config.num_envs)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
@@ -400,7 +413,8 @@ class MjxLoop:
         check_like(arrays, self.arrays(), "the saved state of the lanes")
         data = {name: jnp.array(values) for name, values in named(arrays, "data.").items()}
         buffer = Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()})
-        self.carry = MjxCarry(self.carry.data.replace(**data), lanes_from(arrays), buffer, jnp.asarray(arrays["count"]))
+        count = jnp.asarray(arrays["count"])
+        self.carry = MjxCarry(self.carry.data.replace(**data), lanes_from(arrays), buffer, count, jnp.zeros_like(count))
 
     def close(self) -> None:
         """Nothing to stop."""

@@ -9,13 +9,16 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from booster_soccer.errors import UserError
+from booster_soccer.errors import UserError, of_the_machine
 
 # One BLAS thread, so that no number depends on how many processes there are; JAX, where one needs it, off the GPU.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Failure(NamedTuple):
@@ -28,7 +31,7 @@ class Workers:
     """A context of processes, numbered in order. Leaving it kills them at once, whatever they do: they hold nothing.
 
     So an exception raised where we wait for an answer, by a signal's handler too, ends them within moments.
-    They end with their parent, however it went, and ignore SIGINT and SIGTERM: the parent decides.
+    They end with their parent, however it went, and ignore SIGINT, SIGTERM and SIGHUP: the parent decides.
     """
 
     def __init__(self, make: Callable[..., Any], arguments: Sequence[tuple], names: Sequence[str], remedy: str):
@@ -38,7 +41,7 @@ class Workers:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         try:
-            with _lean_children():
+            with _lean_children(), _signals_blocked():
                 for own in arguments:
                     here, there = context.Pipe()
                     self._connections.append(here)
@@ -114,9 +117,20 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started inside are born with the signals blocked that `_serve` ignores; ours come a moment later."""
+    resource_tracker.ensure_running()  # its start would free them again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -> None:
     """In a process: make the object and answer calls of its methods until the connection closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     try:
@@ -128,5 +142,7 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple) -
         return
     except UserError as error:
         connection.send(error)
+    except (OSError, MemoryError) as error:
+        connection.send(UserError(of_the_machine(error)))
     except Exception:
         connection.send(_Failure(traceback.format_exc()))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from booster_soccer.errors import UserError
+from booster_soccer.errors import UserError, remedy
 
 OTHER_PLACE = "free space, make the place writable, or choose another output directory"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # the volume cannot flush directories
@@ -50,9 +50,12 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def os_errors(doing: str, remedy: str) -> Iterator[None]:
-    """Turn an error of the file system into one line for the user."""
+def os_errors(doing: str, of_the_place: str, kept: str = "") -> Iterator[None]:
+    """Turn an error of the operating system into one line for the user: what is kept, and what to do.
+
+    `of_the_place` is what to do where it is the place's fault; too many open files, for example, are not.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {doing}: {error.strerror or error}; {remedy}") from error
+        raise UserError(f"cannot {doing}: {error.strerror or error}; {kept}{remedy(error, of_the_place)}") from error

@@ -95,7 +95,7 @@ def save(
     manifest = manifests.new(stage, [(p.stage, p.hash, p.manifest) for p in parents], config, seed, steps, metrics)
     manifest["files"] = dict.fromkeys(files, "0" * 64)
     manifests.check(target, manifest)
-    with os_errors(f"write checkpoint {target}", "the last one is kept; " + OTHER_PLACE):
+    with os_errors(f"write checkpoint {target}", OTHER_PLACE, "the last one is kept; "):
         check_target(target, stage, [parent.path for parent in parents], overwrite)
         writing = beside(target, "writing")
         remove(writing)  # what a killed save left

@@ -195,17 +195,26 @@ def to_bytes(manifest: dict[str, Any]) -> bytes:
     return dump(entries | {"manifest_sha256": hashlib.sha256(dump(entries)).hexdigest()})
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+def plain(value: Any, lost: list[float] | None = None) -> Any:
+    """A value as JSON can hold it; numbers not finite become null, and are added to `lost`."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry, lost) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [plain(entry, lost) for entry in value]
     if hasattr(value, "tolist"):  # arrays and scalars of NumPy, JAX and PyTorch
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return plain(value.tolist(), lost)
+    if isinstance(value, float) and not math.isfinite(value):
+        if lost is not None:
+            lost.append(value)
+        return None
     return str(value) if isinstance(value, Path) else value
+
+
+def finite(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file; where numbers are not finite, null, and in `not_finite` how many."""
+    lost: list[float] = []
+    written = plain(content, lost)
+    return written | ({"not_finite": len(lost)} if lost else {})
 
 
 def action_layer() -> dict[str, Any]:

@@ -35,12 +35,23 @@ def check_output_dir(path: Path | str) -> None:
     """
     target = real_path(path)
     with os_errors(f"use {target}", OTHER_PLACE):
+        check_own_directory(target)
         _refuse_something_else(target)
         place = target.parent
         while not os.path.lexists(place):
             place = place.parent
         if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
             raise UserError(f"cannot write into {place}: {OTHER_PLACE}")
+
+
+def check_own_directory(path: Path | str) -> None:
+    """Raise `UserError` for a directory that cannot be moved: where somebody works, or a volume is mounted."""
+    target = real_path(path)
+    if target in (Path.cwd(), *Path.cwd().parents) or os.path.ismount(target):
+        raise UserError(
+            f"{target} cannot be written as a whole, because you are in it or a volume is mounted there: name a "
+            f"directory inside, such as {target / 'run'}"
+        )
 
 
 def check_target(target: Path, stage: str, parents: list[Path], overwrite: bool) -> None:

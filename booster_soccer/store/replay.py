@@ -24,7 +24,7 @@ from booster_soccer.store.atomic import OTHER_PLACE, os_errors, sync_directory
 
 SEGMENT_ROWS = 1 << 16  # at most: bounds the memory that reading one needs
 _SEGMENT = re.compile(r"[0-9]{12,}-[0-9]{12,}\.safetensors", re.ASCII)
-_REFILL = "give --resume-buffer refill to go on with an empty buffer"
+REFILL = "give --resume-buffer refill to go on with an empty buffer"
 
 
 class Rows(Protocol):
@@ -79,10 +79,11 @@ class Replay:
 class Segments:
     """The rows of a ring on disk. Tables list segments: `first` and `last` (N,) int64, `sha256` (N, 32) uint8."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, remedy: str = REFILL):
+        """`remedy` is what to do where rows are missing or damaged."""
         if os.path.lexists(directory) and not directory.is_dir():
             raise UserError(f"{directory} is needed for the replay buffer: move it away, or choose another output")
-        self.directory = directory
+        self.directory, self._remedy = directory, remedy
         self._table: dict[str, np.ndarray] = {"first": np.zeros(0, np.int64), "last": np.zeros(0, np.int64),
                        "sha256": np.zeros((0, 32), np.uint8)}  # fmt: skip
 
@@ -137,21 +138,21 @@ class Segments:
 
     def _read_one(self, first: int, last: int, digest: np.ndarray, replay: Replay) -> dict[str, np.ndarray]:
         path = self.directory / _name(first, last)
-        with os_errors(f"read replay segment {path}", _REFILL):
+        with os_errors(f"read replay segment {path}", self._remedy):
             if not path.is_file():
-                raise UserError(f"replay segment {path} is missing: {_REFILL}")
+                raise UserError(f"replay segment {path} is missing: {self._remedy}")
             content = path.read_bytes()
         if hashlib.sha256(content).digest() != digest.tobytes():
-            raise UserError(f"replay segment {path} is damaged: {_REFILL}")
+            raise UserError(f"replay segment {path} is damaged: {self._remedy}")
         try:
             rows = safetensors.numpy.load(content)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise UserError(f"replay segment {path} is no safetensors file: {_REFILL}") from error
+            raise UserError(f"replay segment {path} is no safetensors file: {self._remedy}") from error
         expected = {name: (last - first, *values.shape[1:]) for name, values in replay.arrays.items()}
         if {name: values.shape for name, values in rows.items()} != expected or any(
             values.dtype != np.float32 for values in rows.values()
         ):
-            raise UserError(f"replay segment {path} holds other arrays than this run's buffer: {_REFILL}")
+            raise UserError(f"replay segment {path} holds other arrays than this run's buffer: {self._remedy}")
         return rows
 
     def _check(self, table: Mapping[str, np.ndarray], oldest: int, added: int) -> None:
@@ -165,7 +166,7 @@ class Segments:
                     return
                 if whole and len(first) and 0 <= first[0] <= oldest and last[-1] == added and (first < last).all():
                     return
-        raise UserError(f"the list of replay segments in {self.directory} is not whole: {_REFILL}")
+        raise UserError(f"the list of replay segments in {self.directory} is not whole: {self._remedy}")
 
     def delete_all_but(self, *tables: Mapping[str, np.ndarray]) -> None:
         """Delete the segments that none of the tables lists, and the directory if it is then empty."""

@@ -8,7 +8,7 @@
 
 A stage (`Stage`) says what it does in one iteration, what its state is, and how its policy is judged; when that is due,
 and everything about the files, is said here. A run that was killed and is started again goes on where its newest whole
-state was saved. SIGTERM: the state is saved and the process ends with status 143.
+state was saved. SIGTERM, Ctrl-C and a closed terminal: the state is saved and the process ends (`store/signals.py`).
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
-from booster_soccer.store.manifests import MANIFEST, plain
+from booster_soccer.store.manifests import MANIFEST, finite, plain
 from booster_soccer.store.places import check_output_dir, delete, places
-from booster_soccer.store.replay import Replay, Rows, Segments
-from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
+from booster_soccer.store.replay import REFILL, Replay, Rows, Segments
+from booster_soccer.store.signals import Stopped, StopSignal
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Run:
         self.diverged_at: int | None = None
         self.resume_path = beside(self.out, "resume")
         self.metrics_path = beside(self.out, "metrics.jsonl")
-        self.segments = Segments(beside(self.out, "replay"))
+        remedy = REFILL if "resume_buffer" in self.settings else "start again with another --out"
+        self.segments = Segments(beside(self.out, "replay"), remedy)
 
     # --- start ------------------------------------------------------------------------------------------
 
@@ -189,7 +190,7 @@ class Run:
     def train(self, stage: Stage, total_steps: int, stop: StopSignal, time_limit_s: float = 0.0) -> None:
         """To the last step, the time limit (0: none), or until it diverges.
 
-        On SIGTERM the state is saved, then `SystemExit` raised.
+        On a signal the state is saved, then `SystemExit` raised.
         """
         started = last_save_s = time.monotonic()
         first_step, before_s = self.steps, _last_recorded(self.metrics_path, "wall_s")
@@ -199,7 +200,8 @@ class Run:
             while True:
                 # First what is due at this step, so that a run which goes on finds it due as well.
                 elapsed_s = time.monotonic() - started
-                out_of_time = 0 < time_limit_s <= elapsed_s and self.steps > 0  # something there is to judge
+                # Of all the run's processes; at least one step, so that there is something to judge.
+                out_of_time = 0 < time_limit_s <= before_s + elapsed_s and self.steps > 0
                 finished = self.steps >= total_steps or out_of_time
                 log_due = self._due("log", self.records.log_every, finished)
                 judge_due = self._due("judge", self.records.judge_every, finished)
@@ -218,8 +220,8 @@ class Run:
                     self.save(stage)
                     last_save_s = time.monotonic()
                 if stop.received:
-                    tqdm.write(f"SIGTERM: the state of step {self.steps:,} is saved, --resume goes on from it")
-                    raise SystemExit(STOPPED)
+                    tqdm.write(f"{stop.name}: the state of step {self.steps:,} is saved, --resume goes on from it")
+                    raise SystemExit(stop.status)
                 if finished:
                     return
                 steps = stage.advance()
@@ -232,7 +234,7 @@ class Run:
         return self.steps > last and (finished or self.steps // every > last // every)
 
     def judge(self, stage: Stage, stop: StopSignal, wall_s: float) -> None:
-        """Let the stage judge its policy; if SIGTERM comes meanwhile, it stays due."""
+        """Let the stage judge its policy; if a signal comes meanwhile, it stays due."""
         with contextlib.suppress(Stopped):
             with stop.interrupting():
                 numbers = stage.judge()
@@ -258,7 +260,7 @@ class Run:
         self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
         line = {"step": self.steps} | {name: round(float(value), 6) for name, value in numbers.items()}
         with self.metrics_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def save(self, stage: Stage) -> None:
         """Write the state; the one before stays as it is until this one is whole, and as the previous one after."""

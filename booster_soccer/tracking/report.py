@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from booster_soccer.errors import UserError
+from booster_soccer.errors import UserError, remedy
+from booster_soccer.store.manifests import finite
 
 WORST = 5  # episodes listed per task
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -149,7 +150,7 @@ def finished(file: Path | None, identity: dict) -> dict | None:
         content = json.loads(file.read_bytes())
         is_same = content["identity"] == json.loads(json.dumps(identity))
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}; name another file") from error
+        raise UserError(f"cannot write {file}: {error.strerror}; {remedy(error, 'name another file')}") from error
     except (ValueError, KeyError, TypeError, RecursionError):
         is_same = False
     if not is_same:
@@ -159,12 +160,11 @@ def finished(file: Path | None, identity: dict) -> dict | None:
 
 
 def write_json(content: dict, file: Path) -> None:
-    """Write a new JSON file and print its name."""
+    """Write a new JSON file; a number that is not finite is null there (`manifests.finite`)."""
     with file.open("x") as stream:
         try:
-            stream.write(json.dumps(content, indent=2) + "\n")
+            stream.write(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
             stream.flush()
         except OSError:
             file.unlink()  # on a full disk; half a file would only be in the way
             raise
-    print(file)

@@ -4,8 +4,9 @@
     python -m tests.long.kill_resume --trials 2 --stages pretrain
 
 Each trial is one run, killed once and started again with the same command. A third of the kills wait until
-something of a saved state is just being written; one in ten may come before the first one is there. The first
-trial gets SIGTERM before, and must end within 10 s. The run never killed and every trial must end with the same
+something of a saved state is just being written; one in ten may come before the first one is there. Before that the
+first trial gets SIGTERM, and must end within 10 s, and every second one Ctrl-C. The run never killed and every trial
+must end with the same
 bits: result, policy, learner, lanes, random generators and counters. The runs are small, but wrap their buffer,
 randomise, save often, judge on the way, and in fine-tuning thaw layers inside the killed span. Nobody may edit
 the code meanwhile. Exit status 1 if one trial differs.
@@ -27,6 +28,7 @@ from typing import Literal
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.errors import INTERRUPTED
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
 from booster_soccer.store.manifests import MANIFEST
@@ -36,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 _POLL_S = 0.005
 _LIMIT_S = 1800.0  # no run takes so long, on the slowest machine
 _SIGTERM_LIMIT_S = 10.0
-_STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED}  # that a run ends with
+_STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}  # that it ends with
 
 # The commands of every drill: small enough for seconds, and with everything in it that a state must hold.
 _PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
@@ -142,7 +144,7 @@ class Run:
         else:
             process.send_signal(how)
         status, took_s = process.wait(), time.monotonic() - sent
-        if status not in (0, _STATUS[how]) or took_s > _SIGTERM_LIMIT_S:
+        if status not in (0, _STATUS[how]) or (how == signal.SIGTERM and took_s > _SIGTERM_LIMIT_S):
             raise errors.UserError(f"{how.name}: ended after {took_s:.1f} s with status {status}: see {self.log}")
         return f"{how.name} at {delay_s:+.1f} s {doing}, ended after {took_s:.1f} s" if status else ""
 
@@ -167,13 +169,13 @@ def differences(a: Run, b: Run) -> list[str]:
     return sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
 
 
-def interrupt(run: Run, rng: random.Random, first_s: float, span_s: float, terminates: bool) -> str:
-    """Start a run and kill it, before that with SIGTERM if it `terminates`; returns what was done.
+def interrupt(run: Run, rng: random.Random, first_s: float, span_s: float, before: list[signal.Signals]) -> str:
+    """Start a run and kill it, after the signals that it gets `before`; returns what was done.
 
     Seconds: to a run's first state, and from there to its end.
     """
     while True:
-        done = [run.interrupt(signal.SIGTERM, rng.uniform(0, span_s / 2))] if terminates else []
+        done = [run.interrupt(how, rng.uniform(0, span_s / 2)) for how in before]
         if all(done):
             delay_s = -rng.uniform(0, first_s) if rng.random() < 0.1 else rng.uniform(0, span_s)
             write_s = rng.uniform(0, 0.03) if delay_s > 0 and rng.random() < 1 / 3 else None
@@ -198,7 +200,8 @@ def try_stage(stage: str, trials: int, place: Path) -> int:
     for trial in range(trials):
         run, done = Run(stage, place / f"{stage}-{trial}", place), ""
         try:
-            done = interrupt(run, rng, *times_s, terminates=trial == 0)
+            before = [signal.SIGTERM] * (trial == 0) + [signal.SIGINT] * (trial % 2 == 1)
+            done = interrupt(run, rng, *times_s, before)
             run.finish()
             unequal = differences(reference, run)
             verdict = f"{len(unequal)} arrays differ, such as {unequal[0]}" if unequal else "identical"
@@ -213,6 +216,7 @@ def try_stage(stage: str, trials: int, place: Path) -> int:
 
 def main(config: Config) -> bool:
     """Try every stage; returns whether all trials ended with the very bits."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` lets it be ignored, by its children too
     with tempfile.TemporaryDirectory() as temporary:
         place = config.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
