@@ -34,6 +34,7 @@ from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.signals import STOPPED, StopSignal
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores
@@ -53,6 +54,7 @@ class Config:
     seed: int = 0  # of every stage
     pretrain_steps: int | None = None  # shortens pre-training; None takes the preset's
     resume: bool = False  # re-use the finished stages in --out, go on with the others
+    tracking: TrackConfig = TrackConfig()
 
 
 class Evaluation(NamedTuple):
@@ -91,7 +93,7 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         pretrain += ["--total-steps", str(config.pretrain_steps)]
     gates = ["gates.py", "--pretrained", pretrained, "--converted", converted, *seed]
     scores = ["--episodes", str(EPISODES[config.preset]), "--start-noise", str(START_NOISE_RAD)]
-    return {
+    commands = {
         "pretrain": [pretrain],
         "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, *seed]],
         "gates": [[*gates, "--json", str(out / "gates.json")]],
@@ -103,6 +105,8 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         ],
         "submit": [["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]],
     }
+    track = ["--track", *(config.tracking.chosen() or ("none",))]
+    return {stage: [[*command, *track] for command in of_stage] for stage, of_stage in commands.items()}
 
 
 def run_script(stage: str, command: list[str]) -> None:
@@ -186,7 +190,22 @@ def main(config: Config) -> Path:
     """Run the stages that are not finished; returns the directory of the run."""
     if config.seed < 0 or (config.pretrain_steps is not None and config.pretrain_steps < 1):
         raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
-    out, seconds = config.out or Path("runs") / config.preset, {}
+    out = config.out or Path("runs") / config.preset
+    with Recorder(out, "chain", config, resumed=config.resume, is_parent=True) as recorder:
+        summary = run(config, out)
+        fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
+        means = {task: fine_tuned[task] for task in c.TASKS}
+        judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
+        seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
+        claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
+        recorder.result(Result(seconds, [out / "summary.json"], row=judged, claim=claim))
+    print(out)
+    return out
+
+
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Run what is not finished and print the results; returns the summary, which is written too."""
+    seconds = {}
     for stage, commands in stages(config, out).items():
         print(f"=== {stage}", flush=True)
         started = time.monotonic()
@@ -201,9 +220,8 @@ def main(config: Config) -> Path:
     with os_errors(f"write {out / 'summary.json'}", OTHER_PLACE):
         (out / "summary.json").unlink(missing_ok=True)
         write_file(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    print(out)
-    return out
+    return summary
 
 
 if __name__ == "__main__":
-    errors.run(main, tyro.cli(Config, description=__doc__))
+    errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

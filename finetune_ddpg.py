@@ -53,8 +53,9 @@ from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
-from booster_soccer.store.run import Candidate, RecordConfig, Run, State
+from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_training
 from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -84,6 +85,7 @@ class Config:
     ddpg: DdpgConfig = DdpgConfig()
     weights: DenseWeights = DenseWeights(idle=-0.05)  # idling is a way to collapse
     records: RecordConfig = RecordConfig(log_every=20_000, judge_every=100_000)
+    tracking: TrackConfig = TrackConfig()
     validation_episodes: int = 20  # per task, the same for the start and every candidate
     confirmation_episodes: int = 50  # per task, for the last comparison, on other seeds
     start_noise: float = START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
@@ -198,7 +200,7 @@ class Finetuning:
         self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
         for _ in tqdm(range(config.warmup_updates), desc="critics", unit="update", disable=not sys.stderr.isatty()):
             self.update(1, layers=())
-        self.run.record(self.log(0.0))
+        self.run.record(of_training(self.log(0.0)))
         # The same actor, with critics that know the official environments.
         arrays = self.learner.arrays()
         scores = self.validate(arrays, _VALIDATION)
@@ -406,7 +408,7 @@ def main(config: Config) -> Path:
     if config.checkpoint is not None:
         parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
     parents, steps_before = ([], 0) if parent is None else ([parent], parent.manifest["steps"])
-    run = Run(config.out, "finetuned", config, parents, ("checkpoint", "device"), steps_before)
+    run = Run(config.out, "finetuned", config, parents, ("checkpoint", "device", "track"), steps_before)
     if config.resume and run.is_finished():
         print(config.out)
         return config.out
@@ -419,18 +421,23 @@ def main(config: Config) -> Path:
             if goes_on:
                 run.restore(stage)
                 print(f"resuming at step {run.steps:,}", flush=True)
-            else:
+            with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
+                run.watch = recorder.at
+                if not goes_on:
+                    with stop.interrupting():
+                        stage.warm_up()
+                    run.save(stage)  # the warm-up is long
+                run.train(stage, config.total_steps, stop)
                 with stop.interrupting():
-                    stage.warm_up()
-                run.save(stage)  # the warm-up is long
-            run.train(stage, config.total_steps, stop)
-            with stop.interrupting():
-                arrays, verdict = stage.choose()
+                    arrays, verdict = stage.choose()
+                path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+                numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
+                recorder.result(Result(numbers, [path], checkpoints.load(path)))
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"SIGTERM: {where}", flush=True)
             raise SystemExit(STOPPED) from None
-        return run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+        return path
 
 
 if __name__ == "__main__":

@@ -46,12 +46,13 @@ from booster_soccer.envs.tasks import Tasks
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
-from booster_soccer.rollout.judge import judge
+from booster_soccer.rollout.judge import START_NOISE_RAD, judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
 
@@ -67,6 +68,7 @@ class Config:
     collect: CollectConfig = CollectConfig()
     sac: SacConfig = SacConfig()
     records: RecordConfig = RecordConfig()
+    tracking: TrackConfig = TrackConfig()
     judge_episodes: int = 32  # per task
     seed: int = 0
     resume: bool = False  # go on from <out>.resume, if it is there
@@ -228,7 +230,7 @@ def main(config: Config) -> Path:
     init = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
     parents = ([] if init is None else [init]) + teachers
-    run = Run(config.out, "pretrained", config, parents, free=("init", "teachers"))
+    run = Run(config.out, "pretrained", config, parents, free=("init", "teachers", "track"))
     if config.resume and run.is_finished():
         print(config.out)
         return config.out
@@ -243,11 +245,16 @@ def main(config: Config) -> Path:
             f"seed {config.seed}",
             flush=True,
         )
-        run.train(stage, config.total_steps, stop, config.time_limit_s)
-        best = run.kept["best"]
-        metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
-        scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
-        return run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+        with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
+            run.watch = recorder.at
+            run.train(stage, config.total_steps, stop, config.time_limit_s)
+            best = run.kept["best"]
+            metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
+            scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
+            path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+            judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
+            recorder.result(Result({"result/step": best.steps}, [path], checkpoints.load(path), judged))
+        return path
 
 
 if __name__ == "__main__":

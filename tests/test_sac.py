@@ -208,7 +208,7 @@ def test_a_run_starts_with_another_policy_has_teachers_and_names_them(tmp_path, 
     named = [(parent["stage"], parent["hash"]) for parent in result.manifest["parents"]]
     assert named == [("pretrained", parent.hash) for parent in (first, *teachers)]
     records = (tmp_path / "taught.metrics.jsonl").read_text()
-    assert '"teacher_kl"' in records
+    assert '"train/teacher_kl"' in records
     train.main(replace(taught, resume=True))  # it knows its own
     for other in ({"teachers": (paths[0], paths[0], paths[2])}, {"teachers": ()}, {"init": None}):
         with pytest.raises(UserError, match="started from other checkpoints"):
