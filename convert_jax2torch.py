@@ -16,6 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from booster_soccer import runtime
+
+runtime.prepare()  # before jax is imported
+
 import numpy as np
 import tyro
 from rich.console import Console

@@ -15,14 +15,15 @@ the episode, falls, distance walked, touches and score, per task.
 """
 
 import functools
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
+from booster_soccer import runtime
+
+runtime.prepare()  # before jax is imported
 
 import gymnasium as gym
 import jax

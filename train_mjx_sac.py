@@ -17,17 +17,15 @@ life of a run in `booster_soccer/store/run.py`.
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-# These count only if set before jax is imported.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+from booster_soccer import runtime
+
+runtime.prepare()  # before jax is imported
 
 import jax
 import jax.numpy as jnp

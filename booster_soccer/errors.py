@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from booster_soccer.runtime import out_of_memory
+
 _INT_LIMIT = 2**62  # what arrays and random generators can hold, with room for a sum
 
 
@@ -36,8 +38,10 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
     except OSError as error:
         where = f" {error.filename}" if error.filename is not None else ""
         message = f"cannot use{where or ' a file'}: {error.strerror or error}; free space, or name a place to write to"
-    except MemoryError as error:
-        message = f"not enough memory ({error}): choose smaller settings"
+    except (MemoryError, RuntimeError) as error:  # XLA's and PyTorch's of a GPU are of the latter kind
+        message = out_of_memory(error, *args) or ""
+        if not message:
+            raise
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 

@@ -41,19 +41,27 @@ def use_default_store() -> bool:
     return True
 
 
+def connect() -> MlflowClient | None:
+    """A client of the store in use; None where that is the default one and nothing was ever tracked."""
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not DATABASE.exists():
+        return None
+    use_default_store()
+    return MlflowClient()
+
+
 class MlflowWriter:
     """`writer.Writer` for MLflow."""
 
     LABEL = "MLflow"
 
     def __init__(self, place: Path):
-        self._artifacts = ARTIFACTS.resolve().as_uri() if use_default_store() else None
-        self.client = MlflowClient()
         self.run_id = ""
         self._parent: Path | None = None
 
     def start(self, info: dict[str, Any], state: dict[str, Any]) -> None:
         """A new run, or that of the attempt before."""
+        self._artifacts = ARTIFACTS.resolve().as_uri() if use_default_store() else None
+        self.client = MlflowClient()
         self.stage = info["stage"]
         self._parent = None if info["parent"] is None else Path(info["parent"]) / "mlflow.json"
         if state.get("run_id"):

@@ -124,7 +124,7 @@ def promote(client: MlflowClient, claim: Claim) -> str:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{claim.gates} or {claim.evaluation} is not of gates.py and evaluate.py: {error}") from error
     champion = _champion(client, name)
-    if champion is not None and champion.version != version:
+    if champion is not None and str(champion.version) != version:
         its_score, its_noise = float(champion.tags["official_score"]), float(champion.tags["start_noise"])
         if noise != its_noise or episodes < int(champion.tags["episodes"]):
             return (
@@ -204,13 +204,13 @@ def _manifest(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return manifest, {"stage": manifest["stage"], "hash": hash_, "parents": parents}
 
 
-def lineage(client: MlflowClient, path: Path) -> Sequence[str]:
+def lineage(client: MlflowClient | None, path: Path) -> Sequence[str]:
     """One line for each ancestor of a submission or checkpoint: what it is, its runs and its version."""
     lines = []
     for entry in ancestors(path):
         words = [f"{entry['stage']:<11}{entry['hash'] or path!s:<18}"]
         if entry["hash"]:
-            words += _places(client, entry)
+            words += ["not in MLflow"] if client is None else _places(client, entry)
         if entry["parents"]:
             words.append("from " + ", ".join(entry["parents"]))
         lines.append("  ".join(words))

@@ -16,7 +16,7 @@ DEFAULT = "runs/experiments/runs"
 # name -> type in SQL, what it is
 COLUMNS = {
     "time_utc": ("TIMESTAMP", "when the stage ended"),
-    "run": ("STRING", "key of the run: the same for all its attempts, and in W&B's group and MLflow's tag `run`"),
+    "run": ("STRING", "key of the run: the same for all attempts, in the group of W&B, and in the tag run of MLflow"),
     "stage": ("STRING", "pretrained, converted, gates, finetuned, evaluation, submission or chain"),
     "status": ("STRING", "finished or failed"),
     "preset": ("STRING", "null where there is none"),
@@ -33,9 +33,9 @@ COLUMNS = {
     "score_target": ("DOUBLE", ""),
     "backend": ("STRING", "what played the scored episodes: official or twin"),
     "episodes": ("BIGINT", "per task"),
-    "start_noise_rad": ("DOUBLE", "standard deviation of the noise on each joint's start position"),
+    "start_noise_rad": ("DOUBLE", "standard deviation of the noise on joint positions at the start"),
     "settings": ("STRING", "the whole configuration, JSON"),
-    "metrics": ("STRING", "the stage's last numbers, JSON, by the names of docs/metrics.md"),
+    "metrics": ("STRING", "the last numbers of the stage, JSON, by the names of docs/metrics.md"),
 }
 _TRIES = 8  # to create the table, which another process may be doing at this moment
 

@@ -69,13 +69,15 @@ class Delivery:
         with contextlib.suppress(OSError, ValueError):
             self.state = json.loads(file.read_text())
         self.delivered: dict[str, int] = self.state.setdefault("delivered", {})
+        self._known = dict(self.delivered)  # and what is pending
         self.error: Exception | None = None  # of the last try
         self._wait_s, self._not_before = _AGAIN_S, 0.0
 
     def add(self, records: list[Record]) -> None:
         """Records to hand on; what was handed on before, in this attempt or an earlier one, is left out."""
         for step, numbers in records:
-            new = {name: value for name, value in numbers.items() if step > self.delivered.get(name, -1)}
+            new = {name: value for name, value in numbers.items() if step > self._known.get(name, -1)}
+            self._known |= dict.fromkeys(new, step)
             if new:
                 self.pending.append((step, new))
 
@@ -194,8 +196,6 @@ def main(tracker: str, place: Path) -> None:
     """The whole life of the process."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the run decides when it ends
-    with contextlib.suppress(OSError):
-        os.nice(5)  # the training first
     user = os.fdopen(os.dup(2), "w")
 
     def say(text: str) -> None:
@@ -212,7 +212,7 @@ def main(tracker: str, place: Path) -> None:
             info = messages.get()
             if info.get("what") != "finish":
                 serve(_writer(tracker, place), place / f"{tracker}.json", info, messages, say)
-    except (OSError, ImportError) as error:
+    except Exception as error:  # whatever the disk or the tracker's library raises
         say(f"{tracker} cannot be used ({_reason(error)}): this run is not tracked there")
 
 
