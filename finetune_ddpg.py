@@ -230,8 +230,8 @@ class Finetuning:
         for name, values in after.dense_terms.items():
             self.statistics.add(f"reward/{name}", values)
         self.statistics.add("reward/dense", after.dense)
-        for name in ("physics_steps", "fell", "success"):
-            self.statistics.add(f"episode/{name}", getattr(after, name)[ended])
+        for name, field in (("physics_steps", "physics_steps"), ("fall_rate", "fell"), ("success", "success")):
+            self.statistics.add(f"episode/{name}", getattr(after, field)[ended])
         for i, task in enumerate(self.lanes.tasks):
             self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
 
@@ -274,16 +274,16 @@ class Finetuning:
         line = self.statistics.take()
         alpha, beta = anneal(self.run.steps, self.config.total_steps)
         episodes = "no episode ended"
-        if "episode/fell" in line:
+        if "episode/fall_rate" in line:
             scores = {task: line[f"episode/score_{task}"] for task in c.TASKS if f"episode/score_{task}" in line}
             episodes = " ".join(f"{task} {score:+.2f}" for task, score in scores.items())
-            episodes += f", {line['episode/fell']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
+            episodes += f", {line['episode/fall_rate']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
         learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f}" if "value" in line else ""
         tqdm.write(
             f"step {self.run.steps:>7,} alpha {alpha:.2f} beta {beta:.2f} | {episodes} | "
             f"dense {line['reward/dense']:+.3f} {learning}"
         )
-        return {"steps_per_s": steps_per_s, "alpha": alpha, "beta": beta} | line
+        return {"steps_per_s": steps_per_s, "weight_dense": alpha, "weight_official": beta} | line
 
     # --- judging ----------------------------------------------------------------------------------------
 

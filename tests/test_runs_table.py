@@ -98,5 +98,11 @@ def test_a_name_of_three_levels_is_written_by_spark(monkeypatch):
     assert not Path("runs").exists()
 
 
+def test_columns_are_documented():
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    rows = [f"| `{name}` | {sql} | {about} |" for name, (sql, about) in runs_table.COLUMNS.items()]
+    assert "\n".join(rows) in text
+
+
 def test_comments_of_columns_can_stand_in_sql():
     assert not any("'" in text for _, text in runs_table.COLUMNS.values())

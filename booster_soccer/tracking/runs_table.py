@@ -21,7 +21,7 @@ COLUMNS = {
     "status": ("STRING", "finished or failed"),
     "preset": ("STRING", "null where there is none"),
     "seed": ("BIGINT", ""),
-    "steps": ("BIGINT", "policy actions in one lane that the checkpoint has seen, its parents' included"),
+    "steps": ("BIGINT", "policy actions in one lane that the checkpoint has seen, those of its parents included"),
     "seconds": ("DOUBLE", "wall time of this call"),
     "out": ("STRING", "where its result lies"),
     "checkpoint": ("STRING", "hash of the checkpoint that was written, or judged"),
