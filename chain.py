@@ -42,6 +42,7 @@ from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded, owned
 from booster_soccer.store.manifests import finite
 from booster_soccer.store.signals import StopSignal, as_launcher
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores
@@ -61,6 +62,7 @@ class Config:
     seed: int = 0  # of every stage
     pretrain_steps: int | None = None  # shortens pre-training; None takes the preset's
     resume: bool = False  # re-use the finished stages in --out, go on with the others
+    tracking: TrackConfig = TrackConfig()
 
 
 class Evaluation(NamedTuple):
@@ -99,7 +101,7 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         pretrain += ["--total-steps", str(config.pretrain_steps)]
     gates = ["gates.py", "--pretrained", pretrained, "--converted", converted, *seed]
     scores = ["--episodes", str(EPISODES[config.preset]), "--start-noise", str(START_NOISE_RAD)]
-    return {
+    commands = {
         "pretrain": [pretrain],
         "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, *seed]],
         "gates": [[*gates, "--json", str(out / "gates.json")]],
@@ -111,6 +113,8 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         ],
         "submit": [["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]],
     }
+    track = ["--track", *(config.tracking.chosen() or ("none",))]
+    return {stage: [[*command, *track] for command in of_stage] for stage, of_stage in commands.items()}
 
 
 def run_script(stage: str, command: list[str]) -> None:
@@ -201,11 +205,20 @@ def main(config: Config) -> Path:
     if config.seed < 0 or (config.pretrain_steps is not None and config.pretrain_steps < 1):
         raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
     out = config.out or Path("runs") / config.preset
-    with owned(out):
-        return _run(config, out)
+    with owned(out), Recorder(out, "chain", config, resumed=config.resume, is_parent=True) as recorder:
+        summary = run(config, out)
+        fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
+        means = {task: fine_tuned[task] for task in c.TASKS}
+        judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
+        seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
+        claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
+        recorder.result(Result(seconds, [out / "summary.json"], row=judged, claim=claim))
+    print(out)
+    return out
 
 
-def _run(config: Config, out: Path) -> Path:
+def run(config: Config, out: Path) -> dict[str, Any]:
+    """Run what is not finished and print the results; returns the summary, which is written too."""
     seconds: dict[str, float] = {}
     for stage, commands in stages(config, out).items():
         print(f"=== {stage}", flush=True)
@@ -221,9 +234,8 @@ def _run(config: Config, out: Path) -> Path:
         (out / "summary.json").unlink(missing_ok=True)
         write_file(out / "summary.json", (json.dumps(finite(summary), indent=2) + "\n").encode())
     print_results(config, scores, seconds)
-    print(out)
-    return out
+    return summary
 
 
 if __name__ == "__main__":
-    errors.run(main, tyro.cli(Config, description=__doc__))
+    errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -18,6 +18,11 @@ terminal.begin(__name__)
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from booster_soccer import runtime
+
+runtime.prepare()  # before jax is imported
 
 import numpy as np
 import tyro
@@ -34,6 +39,7 @@ from booster_soccer.store import checkpoints
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.places import check_output_dir
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
 _START_NOISE_RAD = 0.02  # so that the deterministic goalie start gives more than one trajectory
 _DRAWS_PER_REAL = 0.5  # drawn observations beside the real ones
@@ -47,6 +53,7 @@ class Config:
     out: Path  # new directory for the "converted" checkpoint
     real_observations: int = 64  # per task, played in the official environments by the policy itself
     seed: int = 0  # of those episodes and of the drawn observations
+    tracking: TrackConfig = TrackConfig()
 
 
 def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -96,8 +103,17 @@ def main(config: Config) -> Path:
     if is_done(config, checkpoint):
         print(f"{config.out} is converted already\n{config.out}")
         return config.out
-    converted = conversion.convert(checkpoint.arrays)
+    with Recorder(config.out, "converted", config, [checkpoint]) as recorder:
+        metrics = convert(config, checkpoint)
+        differences = {f"convert/difference_{name}": value for name, value in metrics["max_difference"].items()}
+        recorder.result(Result(differences, [config.out], checkpoints.load(config.out)))
+    print(config.out)
+    return config.out
 
+
+def convert(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str, Any]:
+    """Convert, check, write; returns what was measured."""
+    converted = conversion.convert(checkpoint.arrays)
     groups = observations(config, checkpoint)
     differences = conversion.compare(checkpoint.arrays, converted, np.concatenate(list(groups.values())))
     met = [groups[name] for name in ("golden", "real") if name in groups]  # where a drawn one lies no robot goes
@@ -107,12 +123,9 @@ def main(config: Config) -> Path:
     counts = {name: len(group) for name, group in groups.items()}
     metrics = {"observations": counts, "max_difference": differences, "log_std": spread}
     steps, obs = checkpoint.manifest["steps"], checkpoint.golden_obs
-    path = checkpoints.save(
-        config.out, "converted", converted, obs, asdict(config), config.seed, steps, [checkpoint], metrics
-    )
+    checkpoints.save(config.out, "converted", converted, obs, asdict(config), config.seed, steps, [checkpoint], metrics)
     _print(metrics)
-    print(path)
-    return path
+    return metrics
 
 
 def _print(metrics: dict) -> None:
@@ -135,4 +148,4 @@ def _print(metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, tyro.cli(Config, description=__doc__))
+    errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -34,6 +34,7 @@ from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
 from booster_soccer.store.entry import guarded
 from booster_soccer.tracking import report
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
 
@@ -51,6 +52,7 @@ class Config:
     only: str | None = None  # task:seed, play this one episode instead, e.g. target:123
     backend: Literal["official", "twin"] = "official"  # which environment plays
     workers: int | None = None  # processes; default one per core
+    tracking: TrackConfig = TrackConfig()
 
 
 def _check(config: Config) -> None:
@@ -88,10 +90,21 @@ def replay_command(config: Config, episode: Episode) -> str:
     return shlex.join(map(str, words))
 
 
+def tracked(result: dict, config: Config, checkpoint: checkpoints.Checkpoint | None) -> Result:
+    """What trackers and the table of runs get to know of an evaluation."""
+    tasks = result["tasks"]
+    numbers = {f"result/{name}_{task}": of_task[f"{name}_rate"] for task, of_task in tasks.items()
+               for name in ("success", "fall")}  # fmt: skip
+    means = {task: of_task["mean"] for task, of_task in tasks.items()}
+    judged = score_columns(means, config.backend, config.episodes, config.start_noise)
+    return Result(numbers, [], checkpoint, judged)
+
+
 @guarded("json", "plot")
 def main(config: Config) -> dict:
     """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
     _check(config)
+    checkpoint: checkpoints.Checkpoint | None = None
     policy: Policy
     subject: dict[str, Any]
     if config.checkpoint is not None:
@@ -115,7 +128,9 @@ def main(config: Config) -> dict:
         result |= {"backend": config.backend, "start_noise_rad": config.start_noise}
         result |= asdict(played) | {"ending": ending(played)}
     else:
-        result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
+        with Recorder(config.json, "evaluation", config, [] if checkpoint is None else [checkpoint]) as recorder:
+            result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
+            recorder.result(tracked(result, config, checkpoint))
     # First what is kept: whatever happens to the screen, the episodes have been played.
     if config.json is not None:
         report.write_json(result, config.json)
@@ -135,4 +150,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    errors.run(main, tyro.cli(Config, description=__doc__))
+    errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -58,8 +58,9 @@ from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
-from booster_soccer.store.run import Candidate, RecordConfig, Run, State
+from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_training
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -89,6 +90,7 @@ class Config:
     ddpg: DdpgConfig = DdpgConfig()
     weights: DenseWeights = DenseWeights(idle=-0.05)  # idling is a way to collapse
     records: RecordConfig = RecordConfig(log_every=20_000, judge_every=100_000)
+    tracking: TrackConfig = TrackConfig()
     validation_episodes: int = 20  # per task, the same for the start and every candidate
     confirmation_episodes: int = 50  # per task, for the last comparison, on other seeds
     start_noise: float = START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
@@ -205,7 +207,7 @@ class Finetuning:
         self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
         for _ in tqdm(range(config.warmup_updates), desc="critics", unit="update", disable=not sys.stderr.isatty()):
             self.update(1, layers=())
-        self.run.record(self.log(0.0))
+        self.run.record(of_training(self.log(0.0)))
         # The same actor, with critics that know the official environments.
         arrays = self.learner.arrays()
         scores = self.validate(arrays, _VALIDATION)
@@ -235,8 +237,8 @@ class Finetuning:
         for name, values in after.dense_terms.items():
             self.statistics.add(f"reward/{name}", values)
         self.statistics.add("reward/dense", after.dense)
-        for name in ("physics_steps", "fell", "success"):
-            self.statistics.add(f"episode/{name}", getattr(after, name)[ended])
+        for name, field in (("physics_steps", "physics_steps"), ("fall_rate", "fell"), ("success", "success")):
+            self.statistics.add(f"episode/{name}", getattr(after, field)[ended])
         for i, task in enumerate(self.lanes.tasks):
             self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
 
@@ -279,16 +281,16 @@ class Finetuning:
         line = self.statistics.take()
         alpha, beta = anneal(self.run.steps, self.config.total_steps)
         episodes = "no episode ended"
-        if "episode/fell" in line:
+        if "episode/fall_rate" in line:
             scores = {task: line[f"episode/score_{task}"] for task in c.TASKS if f"episode/score_{task}" in line}
             episodes = " ".join(f"{task} {score:+.2f}" for task, score in scores.items())
-            episodes += f", {line['episode/fell']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
+            episodes += f", {line['episode/fall_rate']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
         learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f}" if "value" in line else ""
         tqdm.write(
             f"step {self.run.steps:>7,} alpha {alpha:.2f} beta {beta:.2f} | {episodes} | "
             f"dense {line['reward/dense']:+.3f} {learning}"
         )
-        return {"steps_per_s": steps_per_s, "alpha": alpha, "beta": beta} | line
+        return {"steps_per_s": steps_per_s, "weight_dense": alpha, "weight_official": beta} | line
 
     # --- judging ----------------------------------------------------------------------------------------
 
@@ -410,11 +412,9 @@ def _one_torch_thread() -> Iterator[None]:
 def main(config: Config) -> Path:
     """Fine-tune; returns the output directory."""
     check(config)
-    parent = None
-    if config.checkpoint is not None:
-        parent = checkpoints.load(config.checkpoint, ("converted", "finetuned"))
+    parent = None if config.checkpoint is None else checkpoints.load(config.checkpoint, ("converted", "finetuned"))
     parents, steps_before = ([], 0) if parent is None else ([parent], parent.manifest["steps"])
-    run = Run(config.out, "finetuned", config, parents, ("checkpoint", "device"), steps_before)
+    run = Run(config.out, "finetuned", config, parents, ("checkpoint", "device", "track"), steps_before)
     if config.resume and run.is_finished():
         print(config.out)
         return config.out
@@ -427,18 +427,23 @@ def main(config: Config) -> Path:
             if goes_on:
                 run.restore(stage)
                 print(f"resuming at step {run.steps:,}", flush=True)
-            else:
+            with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
+                run.watch = recorder.at
+                if not goes_on:
+                    with stop.interrupting():
+                        stage.warm_up()
+                    run.save(stage)  # the warm-up is long
+                run.train(stage, config.total_steps, stop)
                 with stop.interrupting():
-                    stage.warm_up()
-                run.save(stage)  # the warm-up is long
-            run.train(stage, config.total_steps, stop)
-            with stop.interrupting():
-                arrays, verdict = stage.choose()
+                    arrays, verdict = stage.choose()
+                path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+                numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
+                recorder.result(Result(numbers, [path], checkpoints.load(path)))
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"{stop.name}: {where}", flush=True)
             raise SystemExit(stop.status) from None
-        return run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+        return path
 
 
 if __name__ == "__main__":

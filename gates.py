@@ -19,14 +19,15 @@ from booster_soccer import terminal
 terminal.begin(__name__)
 
 import functools
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # counts only if set before jax is imported
+from booster_soccer import runtime
+
+runtime.prepare()  # before jax is imported
 
 import gymnasium as gym
 import jax
@@ -34,9 +35,6 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.agents import conversion
@@ -52,7 +50,8 @@ from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
-from booster_soccer.tracking.report import finished, write_json
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig
+from booster_soccer.tracking.report import finished, print_checks, write_json
 
 MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
@@ -78,6 +77,7 @@ class Config:
     start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
     behaviour_episodes: int = 40  # per task and side, for gate 3
     backend: Literal["official", "twin"] = "twin"  # where the official side of gates 2 and 3 is played
+    tracking: TrackConfig = TrackConfig()
 
 
 @dataclass(frozen=True)
@@ -395,12 +395,28 @@ def load(config: Config) -> tuple[Checkpoint, Checkpoint]:
 def main(config: Config) -> dict[str, Any]:
     """Measure, print, write the JSON file if one is named; returns its content, `passed` is the verdict."""
     pretrained, converted = load(config)
-    settings = {
-        name: value for name, value in asdict(config).items() if name not in ("pretrained", "converted", "json")
-    }
+    no_settings = ("pretrained", "converted", "json", "tracking")
+    settings = {name: value for name, value in asdict(config).items() if name not in no_settings}
     identity = settings | {"pretrained": pretrained.hash, "converted": converted.hash}
     if there := finished(config.json, identity):
         return there
+    with Recorder(config.json, "gates", config, [pretrained, converted]) as recorder:
+        checks, measured = measure(config, pretrained, converted)
+        report = measured | {"identity": identity}
+        if config.json is not None:
+            write_json(report, config.json)
+        failed = {f"gates/failed_{gate}": sum(check.gate == gate and not check.passed for check in checks)
+                  for gate in (1, 2, 3)}  # fmt: skip
+        files = [] if config.json is None else [config.json]
+        recorder.result(Result(failed, files, converted, status="finished" if report["passed"] else "failed"))
+    print_checks(checks)
+    if config.json is not None:
+        print(config.json)
+    return report
+
+
+def measure(config: Config, pretrained: Checkpoint, converted: Checkpoint) -> tuple[list[Check], dict[str, Any]]:
+    """All gates' checks, and the JSON file's content but for its identity."""
     policy = policy_from_arrays(converted.arrays)
     visited, states = {}, {}
     for task in c.TASKS:
@@ -416,36 +432,15 @@ def main(config: Config) -> dict[str, Any]:
     of_trajectory, scores = trajectory_checks(pretrained, converted, config)
     of_behaviour, behaviour = behaviour_checks(pretrained, converted, config)
     checks += of_actor + of_trajectory + of_behaviour
-    report = {
+    return checks, {
         "passed": all(check.passed for check in checks),
-        "identity": identity,
         "checks": [asdict(check) | {"passed": check.passed} for check in checks],
         "log_std": log_std,
         "scores": scores,
         "behaviour": behaviour,
     }
-    if config.json is not None:
-        write_json(report, config.json)
-    _print(checks)
-    if config.json is not None:
-        print(config.json)
-    return report
-
-
-def _print(checks: list[Check]) -> None:
-    """A table on stdout, a line for each failure on stderr."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("gate", "check", "measured", "limits", "of", ""):
-        table.add_column(column)
-    for check in checks:
-        verdict, number = "passed" if check.passed else "FAILED", f"{check.measured:.3g}"
-        table.add_row(str(check.gate), check.name, number, check.limits, check.where, verdict)
-        if not check.passed:
-            failure = f"{check.name}: {number} is not within {check.limits} ({check.where}); {check.remedy}"
-            print(f"failed: gate {check.gate}, {failure}", file=sys.stderr)
-    Console().print(table)
 
 
 if __name__ == "__main__":
-    report = errors.run(main, tyro.cli(Config, description=__doc__))
+    report = errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))
     sys.exit(0 if report["passed"] else 1)

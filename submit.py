@@ -57,6 +57,8 @@ from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.places import check_own_directory, is_vacant
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig
+from booster_soccer.tracking.report import print_submission
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
@@ -80,6 +82,7 @@ class Config:
     hold: bool = True  # hold each joint target for ten physics steps, as trained; off: stateless model
     competition: str = "booster-soccer-showdown"  # the platform's id or short name of the competition
     name: str = ""  # of the submission; empty: stage and hash of the checkpoint
+    tracking: TrackConfig = TrackConfig()
 
 
 @guarded("out")
@@ -103,7 +106,9 @@ def main(config: Config) -> Path:
         _check_same_package(config.out, identity)
         print(f"{config.out} already holds this package, proved; its files are as they were written")
     else:
-        build(config, checkpoint, identity)
+        with Recorder(config.out, "submission", config, [checkpoint]) as recorder:
+            mean = build(config, checkpoint, identity)
+            recorder.result(Result({"result/sdk_score": mean}, [config.out], checkpoint))
     print_score(config.out)
     name = config.name or f"{checkpoint.stage}-{checkpoint.hash}"
     _print_contents(config, name)
@@ -115,8 +120,8 @@ def main(config: Config) -> Path:
     return config.out
 
 
-def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str, Any]) -> None:
-    """Write the package beside its place, prove it there, then move it into place: all or nothing."""
+def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str, Any]) -> float:
+    """Write the package beside its place, prove it there, then move it into place, all or nothing; the mean score."""
     try:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{config.out.name}.", dir=config.out.parent))
@@ -147,6 +152,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
         if config.out.exists():
             config.out.rmdir()
         shutil.move(work, config.out)
+        return mean
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -424,24 +430,9 @@ def _one_line(error: BaseException) -> str:
 def print_score(package: Path) -> None:
     """The table of a package's score; `UserError` if its file is none."""
     try:
-        _print_table(json.loads((package / SCORE).read_text()))
+        print_submission(json.loads((package / SCORE).read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{package / SCORE} is no score of a package: move {package} away") from error
-
-
-def _print_table(score: dict[str, Any]) -> None:
-    print(f"\n{'task':<10}{'SDK':>9}{'replayed':>12}{'torque N m':>12}{'evaluate':>10}{'apart':>10}")
-    for task, entry in score["tasks"].items():
-        line = f"{task:<10}{entry['mean']:>9.3f}{entry['same_torques_max_difference']:>12.1e}"
-        line += f"{entry['torque_max_difference_nm']:>12.1e}"
-        if "evaluate_mean" in entry:
-            line += f"{entry['evaluate_mean']:>10.3f}{entry['evaluate_max_difference']:>10.1e}"
-        print(line)
-    print(f"{'mean':<10}{score['mean']:>9.3f}")
-    print(f"{score['episodes_per_task']} episodes a task, seed {score['seed']}. Largest differences:")
-    print("  replayed    of a score, from our own runner with the same torques")
-    print("  torque N m  of a torque, from our own control in the same state")
-    print("  apart       of a score, from evaluate.py: where it rounds differently, episodes drift apart\n")
 
 
 def _print_contents(config: Config, name: str) -> None:
@@ -452,4 +443,4 @@ def _print_contents(config: Config, name: str) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, tyro.cli(Config, description=__doc__))
+    errors.run(main, tyro.cli(Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)))

@@ -28,11 +28,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-# These count only if set before JAX is imported, or at least before it is used: `jax_as_trained`.
-_JAX_IN_USE = "jax" in sys.modules and sys.modules["jax"]._src.xla_bridge.backends_are_initialized()
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+from booster_soccer import runtime
+
+runtime.prepare()  # before JAX is imported, or at least before it is used
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +49,14 @@ from booster_soccer.envs.tasks import Tasks
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
-from booster_soccer.rollout.judge import judge
+from booster_soccer.rollout.judge import START_NOISE_RAD, judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
 
@@ -73,6 +72,7 @@ class Config:
     collect: CollectConfig = CollectConfig()
     sac: SacConfig = SacConfig()
     records: RecordConfig = RecordConfig()
+    tracking: TrackConfig = TrackConfig()
     judge_episodes: int = 32  # per task
     seed: int = 0
     resume: bool = False  # go on from <out>.resume, if it is there
@@ -143,15 +143,8 @@ def check(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def jax_as_trained(backend: str) -> Iterator[None]:
-    """JAX as these presets are measured, whatever a notebook has set before; what comes too late is said."""
-    if _JAX_IN_USE and backend != "cpu":
-        share = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
-        print(
-            "warning: JAX was in use before train_mjx_sac was imported, so that its memory settings (at most the share "
-            f"{share} of the GPU, not all at once) do not count: restart, and import it first",
-            file=sys.stderr,
-        )
+def jax_as_trained() -> Iterator[None]:
+    """JAX as these presets are measured, whatever a notebook has set before."""
     precision = os.environ["JAX_DEFAULT_MATMUL_PRECISION"]
     with jax.enable_x64(False), jax.default_matmul_precision(precision), jax.debug_nans(False):
         yield
@@ -260,14 +253,14 @@ def main(config: Config) -> Path:
     init = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
     parents = ([] if init is None else [init]) + teachers
-    run = Run(config.out, "pretrained", config, parents, free=("init", "teachers"))
+    run = Run(config.out, "pretrained", config, parents, free=("init", "teachers", "track"))
     if config.resume and run.is_finished():
         print(config.out)
         return config.out
     goes_on = run.goes_on(config.resume)
     with (
         StopSignal() as stop,
-        jax_as_trained(jax.default_backend()),
+        jax_as_trained(),
         contextlib.closing(Pretraining(config, run, init, teachers)) as stage,
     ):
         if goes_on:
@@ -279,11 +272,16 @@ def main(config: Config) -> Path:
             f"seed {config.seed}",
             flush=True,
         )
-        run.train(stage, config.total_steps, stop, config.time_limit_s)
-        best = run.kept["best"]
-        metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
-        scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
-        return run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+        with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
+            run.watch = recorder.at
+            run.train(stage, config.total_steps, stop, config.time_limit_s)
+            best = run.kept["best"]
+            metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
+            scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
+            path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+            judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
+            recorder.result(Result({"result/step": best.steps}, [path], checkpoints.load(path), judged))
+        return path
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from booster_soccer.runtime import out_of_memory
+
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 _INT_LIMIT = 2**62  # what arrays and random generators can hold, with room for a sum
 
@@ -36,16 +38,18 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
         return main(*args)
     except UserError as error:
         message = str(error)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
         message = of_the_machine(error)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one ends what is still being closed
         how = "with --resume where it has that " if any(hasattr(config, "resume") for config in args) else ""
         print(f"interrupted: the same command {how}starts again", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except Exception:
-        sys.excepthook = sys.__excepthook__  # the platform's SDK has one that shows local variables
-        raise
+    except Exception as error:
+        message = out_of_memory(error, *args) or ""
+        if not message:
+            sys.excepthook = sys.__excepthook__  # the platform's SDK has one that shows local variables
+            raise
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -70,7 +74,7 @@ _OF_OTHER_CAUSES = {
 def of_the_machine(error: OSError | MemoryError) -> str:
     """What a machine refuses, and what to do about it."""
     if isinstance(error, MemoryError):
-        return f"not enough memory ({error}): choose smaller settings"
+        return out_of_memory(error) or ""
     where = "a file" if error.filename is None else error.filename
     return f"cannot use {where}: {error.strerror or error}; {remedy(error)}"
 

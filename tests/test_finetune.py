@@ -19,6 +19,7 @@ from booster_soccer.rollout.judge import Scores, gain
 from booster_soccer.store import checkpoints
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import RecordConfig
+from tests import metric_names
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = replace(
@@ -307,6 +308,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
     for name, value in result.arrays.items():
         np.testing.assert_array_equal(resumed.arrays[name], value)
     assert resumed.manifest["metrics"] == result.manifest["metrics"]
+    metric_names.check(tmp_path / "whole.metrics.jsonl", "finetuned")
     # Losses, values and rewards of every line: equal to the last digit written.
     lines = [[line for line in (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines() if "reward/dense" in line]
              for name in ("whole", "killed")]  # fmt: skip

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 
 import jax
@@ -88,23 +87,6 @@ def test_pretraining_sets_jax_up_for_itself(tmp_path, monkeypatch):
             train_mjx_sac.main(config(tmp_path / "run"))
         assert jnp.zeros(3).dtype == jnp.float64  # theirs again
     assert seen == {"dtype": "float32", "precision": "highest", "nans": False}
-
-
-@pytest.mark.parametrize(
-    ("used", "backend", "warns"), [(True, "gpu", True), (True, "cpu", False), (False, "gpu", False)]
-)
-def test_memory_settings_that_come_too_late_are_said(monkeypatch, capsys, used, backend, warns):
-    monkeypatch.setattr(train_mjx_sac, "_JAX_IN_USE", used)
-    with train_mjx_sac.jax_as_trained(backend):
-        pass
-    assert ("warning: JAX was in use before" in capsys.readouterr().err) == warns
-
-
-def test_whether_jax_was_used_before_is_known():
-    for before, used in (("", False), ("import jax", False), ("import jax; jax.devices()", True)):
-        program = f"{before}\nimport train_mjx_sac\nprint(train_mjx_sac._JAX_IN_USE)"
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
-        assert done.stdout == f"{used}\n", textwrap.shorten(done.stderr, 500)
 
 
 def test_a_checkpoint_is_saved_and_read_by_a_string(tmp_path):

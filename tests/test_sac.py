@@ -21,6 +21,7 @@ from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Run
+from tests import metric_names
 from tests.small_pretraining import COLLECT, LANES, LEARNER, RECORDS, config, no_judge
 
 # --- the learner ------------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ def test_a_run_writes_a_checkpoint_and_the_same_seed_gives_the_same_bits(tmp_pat
     assert set(metrics["scores"]) == set(c.TASKS)
     assert metrics["best_score"] == pytest.approx(np.mean(list(metrics["scores"].values())))
     assert metrics["scores"]["goalie"] < -2.0  # it falls at once
+    metric_names.check(tmp_path / "a.metrics.jsonl", "pretrained")
 
 
 def _pretrained(path: Path, seed: int) -> Checkpoint:
@@ -208,8 +210,8 @@ def test_a_run_starts_with_another_policy_has_teachers_and_names_them(tmp_path, 
         np.testing.assert_allclose(result.arrays[name], first.arrays[name], rtol=0, atol=1e-5, err_msg=name)
     named = [(parent["stage"], parent["hash"]) for parent in result.manifest["parents"]]
     assert named == [("pretrained", parent.hash) for parent in (first, *teachers)]
-    records = (tmp_path / "taught.metrics.jsonl").read_text()
-    assert '"teacher_kl"' in records
+    assert '"train/teacher_kl"' in (tmp_path / "taught.metrics.jsonl").read_text()
+    metric_names.check(tmp_path / "taught.metrics.jsonl", "pretrained")
     train.main(replace(taught, resume=True))  # it knows its own
     for other in ({"teachers": (paths[0], paths[0], paths[2])}, {"teachers": ()}, {"init": None}):
         with pytest.raises(UserError, match="started from other checkpoints"):

@@ -177,7 +177,10 @@ def tables(config: Config) -> dict[str, bytes]:
 def numbers(config: Config) -> list[dict[str, float]]:
     """The records, without those of time."""
     lines = map(json.loads, (config.out.parent / "run.metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in ("wall_s", "steps_per_s", "checkpoint_s")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("wall_s", "train/steps_per_s", "train/checkpoint_s")}
+        for line in lines
+    ]
 
 
 def keeping(config: Config) -> Config:

@@ -69,7 +69,7 @@ def new(
         "stage": stage,
         "parents": references,
         "lineage": ancestors,
-        "code": dict(_code()),
+        "code": dict(code()),
         "versions": dict(versions()),
         "config": plain(config),
         "seed": int(seed),
@@ -230,7 +230,7 @@ def action_layer() -> dict[str, Any]:
 
 
 @functools.cache
-def _code() -> dict[str, Any]:
+def code() -> dict[str, Any]:
     """Commit of this code and whether files differ from it; null where it has no git tree of its own."""
     here = Path(__file__).resolve().parents[2]
 

@@ -78,7 +78,7 @@ class Stage(Protocol):
         """Whether something it learned is no longer finite."""
 
     def log(self, steps_per_s: float) -> dict[str, float]:
-        """Print a line about the time since the last one; returns its numbers."""
+        """Print a line about the time since the last one; returns its numbers, recorded as `train/<name>`."""
 
     def judge(self) -> dict[str, float]:
         """Score the present policy, put it into `Run.kept` if it is the best; returns the numbers."""
@@ -113,6 +113,7 @@ class Run:
         self.last = {"log": 0, "judge": 0, "save": 0}  # the steps at which each was done
         self.kept: dict[str, Candidate] = {}  # "best", and what else a stage wants to compare with
         self.diverged_at: int | None = None
+        self.watch: Callable[[int], Mapping[str, float]] = lambda step: {}  # numbers of the machine, for the record
         self.resume_path = beside(self.out, "resume")
         self.metrics_path = beside(self.out, "metrics.jsonl")
         remedy = REFILL if "resume_buffer" in self.settings else "start again with another --out"
@@ -213,7 +214,7 @@ class Run:
                 if log_due:
                     self.last["log"] = self.steps
                     numbers = stage.log((self.steps - first_step) / max(elapsed_s, 1e-9))
-                    self.record({"wall_s": before_s + elapsed_s} | numbers)
+                    self.record({"wall_s": before_s + elapsed_s} | of_training(numbers))
                 if judge_due:
                     self.judge(stage, stop, before_s + elapsed_s)
                 if save_due or stop.received:
@@ -227,6 +228,8 @@ class Run:
                 steps = stage.advance()
                 self.steps += steps
                 bar.update(steps)
+                if watched := self.watch(self.steps):
+                    self.record(watched)
 
     def _due(self, what: str, every: int, finished: bool) -> bool:
         """Whether a multiple of `every` steps was passed since it was done last, or the end is reached."""
@@ -277,7 +280,7 @@ class Run:
             previous = checkpoints.load(places(self.resume_path)[1], (self.stage,), verify=False)
             tables.append(checkpoints.load_extra(previous, "replay"))
         self.segments.delete_all_but(*tables)
-        self.record({"checkpoint_s": time.monotonic() - started})
+        self.record(of_training({"checkpoint_s": time.monotonic() - started}))
 
     def finish(self, arrays: dict[str, np.ndarray], golden_obs: np.ndarray, metrics: Mapping[str, Any]) -> Path:
         """Write the result; the state and its buffer are no longer needed."""
@@ -333,6 +336,11 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # --- records ------------------------------------------------------------------------------------------------
+
+
+def of_training(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of the learner by the names of docs/metrics.md."""
+    return {f"train/{name}": value for name, value in numbers.items()}
 
 
 def _cut_records(path: Path, steps: int) -> None:

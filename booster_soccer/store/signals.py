@@ -23,6 +23,11 @@ _LAUNCHER = "BOOSTER_SOCCER_LAUNCHER"  # the process that a stage ends with
 _PR_SET_PDEATHSIG = 1
 
 
+def is_stop_status(status: object) -> bool:
+    """Whether a process that ends with it was stopped by one of the signals."""
+    return status in [128 + number for number in _SIGNALS]
+
+
 class Stopped(Exception):
     """A signal came where the code waits for long."""
 

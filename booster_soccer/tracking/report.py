@@ -1,7 +1,10 @@
 """Results on the screen and on the disk: tables and plot of what `scores.evaluate` returns, and JSON files."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -83,6 +86,36 @@ def print_episode(result: dict, title: str) -> None:
         if name != "terms":
             table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
     Console().print(table)
+
+
+def print_checks(checks: Sequence[Any]) -> None:
+    """A table of what `gates.py` checked on stdout, a line for each failure on stderr."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("gate", "check", "measured", "limits", "of", ""):
+        table.add_column(column)
+    for check in checks:
+        verdict, number = "passed" if check.passed else "FAILED", f"{check.measured:.3g}"
+        table.add_row(str(check.gate), check.name, number, check.limits, check.where, verdict)
+        if not check.passed:
+            failure = f"{check.name}: {number} is not within {check.limits} ({check.where}); {check.remedy}"
+            print(f"failed: gate {check.gate}, {failure}", file=sys.stderr)
+    Console().print(table)
+
+
+def print_submission(score: dict[str, Any]) -> None:
+    """Print the table of a package's proof."""
+    print(f"\n{'task':<10}{'SDK':>9}{'replayed':>12}{'torque N m':>12}{'evaluate':>10}{'apart':>10}")
+    for task, entry in score["tasks"].items():
+        line = f"{task:<10}{entry['mean']:>9.3f}{entry['same_torques_max_difference']:>12.1e}"
+        line += f"{entry['torque_max_difference_nm']:>12.1e}"
+        if "evaluate_mean" in entry:
+            line += f"{entry['evaluate_mean']:>10.3f}{entry['evaluate_max_difference']:>10.1e}"
+        print(line)
+    print(f"{'mean':<10}{score['mean']:>9.3f}")
+    print(f"{score['episodes_per_task']} episodes a task, seed {score['seed']}. Largest differences:")
+    print("  replayed    of a score, from our own runner with the same torques")
+    print("  torque N m  of a torque, from our own control in the same state")
+    print("  apart       of a score, from evaluate.py: where it rounds differently, episodes drift apart\n")
 
 
 def worst_episodes(of_task: dict) -> list[dict]:
