@@ -4,21 +4,22 @@
     python finetune_ddpg.py --preset scratch --out runs/scratch
 
 Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`.
-Output: a "finetuned" checkpoint; until it is there, `<out>.resume` and `<out>.replay`, from which `--resume`
+Output: a "finetuned" checkpoint; until it is there, `<out>.resume`, from which `--resume`
 goes on after a kill: on a CPU to the very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every
 log line. SIGTERM: the state is saved, and the process ends within 10 s with status 143 (in the warm-up nothing is
 saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or,
 with `--backend official`, by themselves, one process a lane.
 
-The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a
-good policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy
-(WSRL, arXiv 2412.07762); the actor's layers thaw from the last to the first; and at the end the best candidate must
-beat the start on episodes that no choice was made on, or the start is the result.
+The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a good
+policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy, until
+they predict unseen episodes no better than before; the actor follows what its own noise brought, in small steps; its
+layers thaw from the last to the first; and at the end the best candidate must beat the start in the official
+environments, on episodes that no choice was made on, or the start is the result.
 
-One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards are stored in
-two parts, dense and official, and mixed when sampled: alpha * dense + beta * score, annealed over the whole
-run (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the
-platform; only the first stops the bootstrap.
+One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards come in two parts, dense
+and official, mixed when a round is learned from: alpha * dense + beta * score, annealed over the whole run
+(`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the platform; only the
+first stops the bootstrap.
 """
 
 from booster_soccer import terminal
@@ -40,19 +41,19 @@ import torch
 from tqdm import tqdm
 
 from booster_soccer import errors
-from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, random_arrays, trainable_layers
+from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, lambda_advantages, random_arrays, trainable_layers
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.cli import parse
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
-from booster_soccer.preprocess.symmetry import mirror_action
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, gain, judge
 from booster_soccer.rollout.play import episode_seed
+from booster_soccer.rollout.rounds import Round, Statistics, explained_variance
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
@@ -65,9 +66,8 @@ from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
 _MIN_OBS_SCALE = 0.1  # features that hardly vary in the warm-up must not get huge steps
-# Of one transition: the two parts of its reward are kept apart, and mixed when sampled.
-_ROW_SHAPES = {"critic_obs": (CRITIC_OBS_SIZE,), "action": (c.NUM_JOINTS,), "dense": (), "score": (),
-               "next_critic_obs": (CRITIC_OBS_SIZE,), "terminated": ()}  # fmt: skip
+_MAX_ADVANTAGE = 4.0  # standard deviations
+_WORTHWHILE = 0.01  # share of the returns' variance that two more rounds of the warm-up must explain
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,16 @@ class Config:
     preset: str  # demo, cpu, l4, h200 or scratch
     checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
     from_scratch: bool = False  # start from random networks instead: the preset scratch
-    total_steps: int = 1_200_000
-    num_lanes: int = 24  # a multiple of three; with the official backend each is a process
-    warmup_steps: int = 12_000  # of the frozen policy, before the first update
-    warmup_updates: int = 4_000  # of the critics only, after these
-    updates_per_round: int = 2  # gradient steps per action of all lanes
-    batch_size: int = 256
-    buffer_size: int = 400_000
-    exploration_std: float = 0.05  # of the noise on actions in [-1, 1]
-    mirror: bool = True  # mirror half of each batch
+    total_steps: int = 3_000_000
+    num_lanes: int = 192  # a multiple of three; with the official backend each is a process
+    round_actions: int = 80  # of each lane between two updates of the learner
+    warmup_rounds: int = 10  # of the frozen policy at most, for the critics; 0: they stay as they came
     ddpg: DdpgConfig = DdpgConfig()
     weights: DenseWeights = DenseWeights(idle=-0.05)  # idling is a way to collapse
-    records: RecordConfig = RecordConfig(log_every=20_000, judge_every=100_000)
+    records: RecordConfig = RecordConfig(log_every=75_000, judge_every=300_000)
     tracking: TrackConfig = TrackConfig()
-    validation_episodes: int = 20  # per task, the same for the start and every candidate
-    confirmation_episodes: int = 50  # per task, for the last comparison, on other seeds
+    validation_episodes: int = 40  # per task, the same for the start and every candidate
+    confirmation_episodes: int = 100  # per task, in the official environments, on other seeds
     start_noise: float = START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
     backend: Literal["twin", "official"] = "twin"  # what trains; the same numbers, the twin about ten times faster
     device: Literal["auto", "cpu", "cuda"] = (
@@ -104,24 +99,20 @@ class Config:
 
 # Measured times and scores: docs/experiments.md. The GPU presets have not been measured.
 _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
-_L4 = replace(
-    _CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=5_000_000, num_lanes=96, warmup_steps=30_000,
-    warmup_updates=10_000, updates_per_round=4, batch_size=1024, buffer_size=1_000_000, confirmation_episodes=100,
-    records=RecordConfig(log_every=50_000, judge_every=250_000),
-)  # fmt: skip
+_L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=6_000_000, num_lanes=384)
 PRESETS = {
     "demo": replace(
-        _CPU, out=Path("runs/demo/finetuned"), preset="demo", total_steps=36_000, warmup_steps=3_000,
-        warmup_updates=500, buffer_size=40_000, validation_episodes=4, confirmation_episodes=8,
-        ddpg=DdpgConfig(freeze_hidden_until=3_600, freeze_input_until=9_000),
-        records=RecordConfig(log_every=6_000, judge_every=12_000)),
+        _CPU, out=Path("runs/demo/finetuned"), preset="demo", total_steps=250_000, num_lanes=96, warmup_rounds=4,
+        validation_episodes=8, confirmation_episodes=16,
+        records=RecordConfig(log_every=25_000, judge_every=125_000)),
     "cpu": _CPU,
     "l4": _L4,
     "h200": replace(_L4, out=Path("runs/h200/finetuned"), preset="h200"),
-    # There is nothing to protect: no freezing, wide noise.
+    # There is nothing to protect: no freezing, wide noise, long steps.
     "scratch": replace(
-        _CPU, out=Path("runs/scratch/finetuned"), preset="scratch", from_scratch=True, exploration_std=0.3,
-        ddpg=DdpgConfig(actor_learning_rate=3e-4, freeze_hidden_until=0, freeze_input_until=0)),
+        _CPU, out=Path("runs/scratch/finetuned"), preset="scratch", from_scratch=True, warmup_rounds=1,
+        ddpg=DdpgConfig(exploration_std=0.3, actor_learning_rate=1e-4, kl_per_round=0.02,
+                        freeze_hidden_until=0, freeze_input_until=0)),
 }  # fmt: skip
 
 
@@ -132,46 +123,19 @@ def check(config: Config) -> None:
     check_num_lanes(config.num_lanes)
     settings = vars(config) | vars(config.ddpg)
     at_least = {
-        0: ("seed", "warmup_updates", "freeze_hidden_until", "freeze_input_until", "updates_per_round", "start_noise",
-            "exploration_std"),
-        1: ("total_steps", "batch_size", "actor_every", "warmup_steps"),
+        0: ("seed", "warmup_rounds", "freeze_hidden_until", "freeze_input_until", "start_noise", "kl_per_round"),
+        1: ("total_steps", "round_actions", "epochs", "batch_size"),
         2: ("validation_episodes", "confirmation_episodes"),  # a spread needs two
     }  # fmt: skip
     for least, names in at_least.items():
         for name in names:
             if settings[name] < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {settings[name]}")
-    for name, other in (("warmup_steps", "batch_size"), ("buffer_size", "warmup_steps")):
-        if settings[name] < settings[other]:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {other} ({settings[other]})")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here (torch.cuda.is_available()): use auto or cpu")
-    if not 0.0 < config.ddpg.discount < 1.0:
-        raise UserError(f"--discount must lie between 0 and 1, got {config.ddpg.discount}")
-
-
-class Statistics:
-    """Means since the last line of the log."""
-
-    def __init__(self, state: dict[str, np.ndarray]):
-        """What `state` gave; empty at first."""
-        self._sums = {name: float(value[0]) for name, value in state.items()}
-        self._counts = {name: int(value[1]) for name, value in state.items()}
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Sum and count (2,) float64 of each quantity."""
-        return {name: np.array([self._sums[name], self._counts[name]], np.float64) for name in self._sums}
-
-    def add(self, name: str, values: np.ndarray) -> None:
-        """Add values (B,) of one quantity."""
-        self._sums[name] = self._sums.get(name, 0.0) + float(np.sum(values))
-        self._counts[name] = self._counts.get(name, 0) + np.size(values)
-
-    def take(self) -> dict[str, float]:
-        """The means, and start again."""
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
-        self._sums, self._counts = {}, {}
-        return means
+    for name in ("discount", "trace_decay", "exploration_std"):
+        if not 0.0 < settings[name] < 1.0:
+            raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {settings[name]}")
 
 
 class Finetuning:
@@ -183,30 +147,43 @@ class Finetuning:
         if config.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rng = np.random.default_rng(config.seed)
-        self.replay = Replay(config.buffer_size, _ROW_SHAPES)
+        self.round = Round(config.round_actions, config.num_lanes)
         self.statistics = Statistics({})
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
-        self.loss = torch.zeros((), device="cpu")
+        self.loss = 0.0
 
     # --- one iteration ----------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Fill the buffer with the frozen start policy (random networks from scratch), then train the critics on it."""
+        """Let the frozen start policy (random networks from scratch) play, and the critics learn from it.
+
+        A round is predicted before it is learned from: its episodes are unseen. Two rounds without gain end it.
+        """
         config = self.config
         self.critic_obs = self.lanes.start()
         unit = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
         arrays = random_arrays(config.seed, *unit) if self.parent is None else self.parent.arrays
-        policy, rounds = policy_from_arrays(arrays), -(-config.warmup_steps // config.num_lanes)
-        for _ in tqdm(range(rounds), desc="warm-up", unit="round", disable=not sys.stderr.isatty()):
-            self.receive(self.send(policy(self.critic_obs[:, :OBS_SIZE])))
-        met = self.replay.arrays["critic_obs"][: len(self.replay), :OBS_SIZE]
-        mean, scale = met.mean(axis=0), np.maximum(met.std(axis=0), _MIN_OBS_SCALE)
-        if self.parent is None:
-            arrays = random_arrays(config.seed, mean, scale)
-        self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
-        for _ in tqdm(range(config.warmup_updates), desc="critics", unit="update", disable=not sys.stderr.isatty()):
-            self.update(1, layers=())
+        self.learner = Ddpg(config.ddpg, arrays, *unit, self.device)
+        explained: list[np.ndarray] = []
+        for number in range(max(config.warmup_rounds, 1)):
+            for _ in tqdm(range(config.round_actions), desc=f"warm-up {number}", disable=not sys.stderr.isatty()):
+                self.play()
+            if number == 0:
+                met = self.round.arrays["critic_obs"][..., :OBS_SIZE]
+                mean, scale = met.mean(axis=(0, 1)), np.maximum(met.std(axis=(0, 1)), _MIN_OBS_SCALE)
+                arrays = random_arrays(config.seed, mean, scale) if self.parent is None else arrays
+                self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
+            explained.append(self.explained())
+            for task, share in zip(c.TASKS, explained[-1]):
+                self.statistics.add(f"explained_{task}", share)
+            shares = ", ".join(f"{task} {share:.0%}" for task, share in zip(c.TASKS, explained[-1]))
+            print(f"warm-up {number}: the critics explain of unseen episodes' returns: {shares}", flush=True)
+            if config.warmup_rounds:
+                self.learn(layers=())
+            self.round.filled = 0
+            if number > 1 and np.mean(explained[-2:]) < np.max(np.mean(explained[:-2], axis=1)) + _WORTHWHILE:
+                break
         self.run.record(of_training(self.log(0.0)))
         # The same actor, with critics that know the official environments.
         arrays = self.learner.arrays()
@@ -214,26 +191,26 @@ class Finetuning:
         self.keep("start", arrays, scores)
         print(f"start policy in validation: {scores}", flush=True)
 
-    def send(self, mean_action: np.ndarray) -> np.ndarray:
-        """Add exploration noise, set the lanes going; returns the actions (B, 12)."""
-        noise = self.config.exploration_std * self.rng.standard_normal(mean_action.shape)
-        action = np.clip(mean_action + noise, -1.0, 1.0).astype(np.float32)
+    def play(self) -> None:
+        """One action of every lane, with exploration noise, into the round."""
+        seen = self.critic_obs
+        mean = self.learner.act(seen[:, :OBS_SIZE])
+        noise = self.rng.standard_normal(mean.shape)
+        action = np.clip(mean + self.config.ddpg.exploration_std * noise, -1.0, 1.0).astype(np.float32)
         self.lanes.send(action)
-        return action
-
-    def receive(self, action: np.ndarray) -> None:
-        """Wait for the lanes and store what they bring."""
         after = self.lanes.receive()
-        self.replay.add(
-            critic_obs=self.critic_obs,
-            action=action,
+        ended = after.terminated | after.truncated
+        self.round.add(
+            critic_obs=seen,
+            mean=mean,
+            noise=noise,
             dense=after.dense,
             score=after.score,
             next_critic_obs=after.critic_obs,
             terminated=after.terminated,
+            ended=ended,
         )
         self.critic_obs = after.next_critic_obs
-        ended = after.terminated | after.truncated
         for name, values in after.dense_terms.items():
             self.statistics.add(f"reward/{name}", values)
         self.statistics.add("reward/dense", after.dense)
@@ -242,39 +219,54 @@ class Finetuning:
         for i, task in enumerate(self.lanes.tasks):
             self.statistics.add(f"episode/score_{task}", after.score[i][ended[i]])
 
-    def sample(self) -> Batch:
-        """Transitions, the reward mixed as it stands at this step; half of them mirrored."""
-        config = self.config
-        rows = self.replay.sample(self.rng, config.batch_size)
-        if config.mirror:
-            half = slice(config.batch_size // 2)
-            for name in ("critic_obs", "next_critic_obs"):
-                rows[name][half] = mirror_critic_observation(rows[name][half])
-            rows["action"][half] = mirror_action(rows["action"][half])
-        alpha, beta = anneal(self.run.steps, config.total_steps)
-        rows["reward"] = alpha * rows.pop("dense") + beta * rows.pop("score")
-        return Batch(**{name: self.learner.tensor(values) for name, values in rows.items()})
+    def returns(self, trace_decay: float) -> tuple[np.ndarray, np.ndarray]:
+        """Advantages and values (T, B) of the round's actions, the reward mixed as it stands at this step."""
+        played = self.round.arrays
+        alpha, beta = anneal(self.run.steps, self.config.total_steps)
+        value, next_value = (self.learner.value(played[name]) for name in ("critic_obs", "next_critic_obs"))
+        reward = alpha * played["dense"] + beta * played["score"]
+        ends = played["terminated"], played["ended"]
+        return lambda_advantages(reward, value, next_value, *ends, self.config.ddpg.discount, trace_decay), value
 
-    def update(self, updates: int, layers: tuple[str, ...]) -> None:
-        """Gradient steps on the buffer."""
-        metrics: dict[str, torch.Tensor] = {}
-        for _ in range(updates):
-            metrics = self.learner.update(self.sample(), layers)
-        for name, value in metrics.items():  # of the last one: reading a value makes a GPU wait
-            self.statistics.add(name, value.item())
-        self.loss = metrics.get("critic_loss", self.loss)
+    def explained(self) -> np.ndarray:
+        """Share (tasks,) of the variance of the round's Monte-Carlo returns that the critics explain.
+
+        Of actions whose episode ended in the round.
+        """
+        advantage, value = self.returns(1.0)
+        came_to_an_end = np.flip(np.maximum.accumulate(np.flip(self.round.arrays["ended"], 0)), 0) > 0
+        of_task = np.array(self.lanes.tasks) == np.array(c.TASKS)[:, None]
+        shares = [explained_variance((advantage + value)[rows], value[rows]) if rows.any() else 0.0
+                  for rows in (came_to_an_end & lanes for lanes in of_task)]  # fmt: skip
+        return np.array(shares)
+
+    def learn(self, layers: tuple[str, ...]) -> None:
+        """From the round: the critics, and the actor's `layers`."""
+        advantage, value = self.returns(self.config.ddpg.trace_decay)
+        standard = np.zeros_like(advantage)
+        for task in c.TASKS:  # in points of score they differ by a factor of five
+            lanes = np.array(self.lanes.tasks) == task
+            standard[:, lanes] = (advantage[:, lanes] - advantage[:, lanes].mean()) / (advantage[:, lanes].std() + 1e-6)
+        rows = {name: self.round.arrays[name] for name in ("critic_obs", "mean", "noise")}
+        rows |= {"returns": advantage + value, "advantage": standard.clip(-_MAX_ADVANTAGE, _MAX_ADVANTAGE)}
+        flat = {name: self.learner.tensor(values.reshape(-1, *values.shape[2:])) for name, values in rows.items()}
+        metrics = self.learner.learn(Batch(**flat), layers, self.rng)
+        self.loss = metrics["critic_loss"]
+        for name, number in (metrics | {"value": value.mean()}).items():
+            self.statistics.add(name, np.array([number]))
 
     def advance(self) -> int:
-        """One action in every lane, and the updates that belong to it while the lanes move."""
-        action = self.send(self.learner.act(self.critic_obs[:, :OBS_SIZE]))
-        self.update(self.config.updates_per_round, trainable_layers(self.run.steps, self.config.ddpg))
-        self.receive(action)
+        """One action in every lane; after the last one of a round, what is to be learned from it."""
+        self.play()
+        if self.round.full:
+            self.learn(trainable_layers(self.run.steps, self.config.ddpg))
+            self.round.filled = 0
         return self.config.num_lanes
 
     def diverged(self) -> bool:
         """Whether the critic's loss, or a network, is no longer finite."""
         arrays = self.learner.arrays().values()
-        return not (np.isfinite(self.loss.item()) and all(np.isfinite(values).all() for values in arrays))
+        return not (np.isfinite(self.loss) and all(np.isfinite(values).all() for values in arrays))
 
     def log(self, steps_per_s: float) -> dict[str, float]:
         """One line to read, and its numbers."""
@@ -285,7 +277,9 @@ class Finetuning:
             scores = {task: line[f"episode/score_{task}"] for task in c.TASKS if f"episode/score_{task}" in line}
             episodes = " ".join(f"{task} {score:+.2f}" for task, score in scores.items())
             episodes += f", {line['episode/fall_rate']:.0%} fell, {line['episode/physics_steps']:.0f} physics steps"
-        learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f}" if "value" in line else ""
+        learning = ""
+        if "value" in line:
+            learning = f"value {line['value']:+.2f} loss {line['critic_loss']:.3f} moved {line['kl']:.4f}"
         tqdm.write(
             f"step {self.run.steps:>7,} alpha {alpha:.2f} beta {beta:.2f} | {episodes} | "
             f"dense {line['reward/dense']:+.3f} {learning}"
@@ -300,11 +294,12 @@ class Finetuning:
         return self.run.kept["start"]
 
     def validate(self, arrays: dict[str, np.ndarray], purpose: int) -> Scores:
-        """Score a policy on the seeds of a purpose in each task."""
+        """Score a policy on the seeds of a purpose in each task: on the twin, or at the end officially."""
         config = self.config
         episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
         seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
-        return judge(policy_from_arrays(arrays), seeds, config.start_noise)
+        backend = "twin" if purpose == _VALIDATION else "official"
+        return judge(policy_from_arrays(arrays), seeds, config.start_noise, backend)
 
     def keep(self, name: str, arrays: dict[str, np.ndarray], scores: Scores) -> None:
         """Remember a judged policy."""
@@ -349,10 +344,10 @@ class Finetuning:
     # --- state --------------------------------------------------------------------------------------------
 
     def golden_obs(self) -> np.ndarray:
-        """The parent's golden observations (16, 87), or the first that were met."""
+        """The parent's golden observations (16, 87), or present ones."""
         if self.parent is not None:
             return self.parent.golden_obs
-        return self.replay.arrays["critic_obs"][: checkpoints.GOLDEN_PAIRS, :OBS_SIZE]
+        return np.resize(self.critic_obs[:, :OBS_SIZE], (checkpoints.GOLDEN_PAIRS, OBS_SIZE))
 
     def state(self) -> State:
         """Learner, lanes, random generator and statistics."""
@@ -360,10 +355,11 @@ class Finetuning:
             "learner": self.learner.state(),
             "lanes": self.lanes.state() | {"critic_obs": self.critic_obs, "rng": rng_array(self.rng)},
             "statistics": self.statistics.state(),
+            "round": self.round.state(),
         }
-        return State(self.learner.arrays(), self.golden_obs(), tables, self.replay)
+        return State(self.learner.arrays(), self.golden_obs(), tables, None)
 
-    def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:
+    def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:  # there is no buffer
         """Go on from a saved state."""
         learner, lanes, statistics = (
             checkpoints.load_extra(saved, name) for name in ("learner", "lanes", "statistics")
@@ -378,9 +374,8 @@ class Finetuning:
             raise UserError(f"{what}: its statistics are no sums: use the code that wrote it")
         with _as_user_error(what):
             self.learner = Ddpg.restore(self.config.ddpg, saved.arrays, learner, self.device)
-        replay = Replay(self.config.buffer_size, _ROW_SHAPES)
-        fill(replay)
-        self.replay, self.statistics = replay, Statistics(statistics)
+        self.round.restore(checkpoints.load_extra(saved, "round"), what)
+        self.statistics = Statistics(statistics)
         restore_rng(self.rng, lanes["rng"])
         self.critic_obs = self.lanes.restore(lanes)
         if not np.array_equal(self.critic_obs, lanes["critic_obs"]):

@@ -1,14 +1,21 @@
-"""Deep deterministic policy gradient in PyTorch: networks, losses, update, and the learner's state as arrays.
+"""Fine-tuning's learner in PyTorch: networks, losses, update, and its state as arrays.
 
-Lillicrap et al. 2016 (arXiv 1509.02971): a deterministic actor, exploration noise on its actions, target networks.
-Two critics, of which targets take the minimum (Fujimoto et al. 2018, arXiv 1802.09477: a good policy has more to lose
-from overestimates) and the actor's objective the mean. The networks are those of `agents/sac.py` after
-conversion, the observation normaliser folded into each first layer; the critics see more than the policy
-(`preprocess/privileged.py`). The actor's layers thaw from the last to the first.
+DDPG's parts (Lillicrap et al. 2016, arXiv 1509.02971): a deterministic actor, exploration noise on its actions, critics
+of state and action. Two things differ from the textbook, for measured reasons (docs/experiments.md, 26 November):
+
+- It learns in rounds: all lanes play some seconds with one policy, then critics and actor learn from just these
+  actions. The critics fit lambda-returns, which reach to the episode's end, where the official score is paid.
+- The actor follows what its noise has brought (`outcome_loss`), not the critics' slope (`slope_loss`, Lillicrap's
+  eq. 6, to be had by `actor_gradient`): the critics rank the actions around a good policy hardly better than
+  chance, while they predict well how an episode will go on, which is all that a baseline needs.
+
+The networks are those of `agents/sac.py` after conversion, the observation normaliser folded into each first layer; the
+critics see more than the policy (`preprocess/privileged.py`). The actor's layers thaw from the last to the first, and a
+round moves the policy by a fixed Kullback-Leibler divergence. What is judged and shipped is its running average.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +26,8 @@ from booster_soccer.agents.policy import HIDDEN, LAYERS
 from booster_soccer.arrays import named
 from booster_soccer.envs import constants as c
 from booster_soccer.preprocess.observation import OBS_SIZE
-from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
+from booster_soccer.preprocess.symmetry import mirror_action
 
 NUM_CRITICS = 2
 _AS_SAVED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever a notebook's defaults are
@@ -29,11 +37,17 @@ _AS_SAVED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whateve
 class DdpgConfig:
     """The learner; steps are policy actions in one lane."""
 
-    actor_learning_rate: float = 3e-5
-    critic_learning_rate: float = 3e-4
-    actor_every: int = 2  # critic updates per actor update
+    actor_gradient: Literal["outcomes", "critics"] = "outcomes"  # what the noise brought, or the critics' slope
+    exploration_std: float = 0.1  # of the noise on actions in [-1, 1]; twice as much costs a point of score
     discount: float = 0.995  # a score two seconds away counts 61 %
-    target_tau: float = 0.01
+    trace_decay: float = 0.95  # lambda: how far returns trust what followed rather than the critics
+    epochs: int = 4  # passes over a round
+    batch_size: int = 2048
+    critic_learning_rate: float = 5e-4
+    actor_learning_rate: float = 3e-6  # of the first round; then what gives `kl_per_round`
+    kl_per_round: float = 0.01  # how far a round moves the exploring policy; 0: the learning rate stays as it is
+    ratio_clip: float = 0.2  # of the likelihood ratio
+    policy_tau: float = 0.1  # a round's share in the average that is judged and shipped
     freeze_hidden_until: int = 20_000  # before this step only the last layer learns
     freeze_input_until: int = 50_000  # before this step only the last two
 
@@ -128,31 +142,56 @@ def network_arrays(networks: dict[str, nn.Module]) -> dict[str, np.ndarray]:
 
 
 class Batch(NamedTuple):
-    """Transitions."""
+    """Actions that were played, and what came of them."""
 
     critic_obs: torch.Tensor  # (B, 109) the policy's observation, then what only the critics see
-    action: torch.Tensor  # (B, 12)
-    reward: torch.Tensor  # (B,)
-    next_critic_obs: torch.Tensor  # (B, 109) what truly came next, also at an episode's end
-    terminated: torch.Tensor  # (B,) 1.0 where no bootstrap may happen
+    mean: torch.Tensor  # (B, 12) the actor's action then
+    noise: torch.Tensor  # (B, 12) on top of it, in standard deviations
+    returns: torch.Tensor  # (B,) lambda-returns
+    advantage: torch.Tensor  # (B,) of the action over the actor's, standardised in each task
 
 
-@torch.no_grad()
-def critic_target(target_actor: Actor, target_critics: nn.ModuleList, batch: Batch, discount: float) -> torch.Tensor:
-    """y = r + discount (1 - terminated) min_i Q'_i(s', mu'(s')); (B,). Fujimoto et al. 2018, eq. 10."""
-    next_action = target_actor(batch.next_critic_obs[:, :OBS_SIZE])
-    next_value = torch.minimum(*(critic(batch.next_critic_obs, next_action) for critic in target_critics))
-    return batch.reward + discount * (1.0 - batch.terminated) * next_value
+def lambda_advantages(
+    reward: np.ndarray,
+    value: np.ndarray,
+    next_value: np.ndarray,
+    terminated: np.ndarray,
+    ended: np.ndarray,
+    discount: float,
+    trace_decay: float,
+) -> np.ndarray:
+    """Advantages A_t = d_t + discount lambda A_t+1, d_t = r_t + discount V(s_t+1) - V(s_t); all (T, B).
+
+    Schulman et al. 2016 (arXiv 1506.02438), eq. 16. A + V are the lambda-returns. Nothing is bootstrapped where an
+    episode `terminated`; no trace crosses the end of one, by its rules or by time.
+    """
+    surprise = reward + discount * (1.0 - terminated) * next_value - value
+    advantage, following = np.zeros_like(surprise), np.zeros_like(surprise[0])
+    for t in reversed(range(len(reward))):
+        following = surprise[t] + discount * trace_decay * (1.0 - ended[t]) * following
+        advantage[t] = following
+    return advantage
 
 
-def critic_loss(critics: nn.ModuleList, batch: Batch, target: torch.Tensor) -> torch.Tensor:
-    """sum_i mean (Q_i(s, a) - y)^2."""
-    return sum(F.mse_loss(critic(batch.critic_obs, batch.action), target) for critic in critics)
+def critic_loss(critics: nn.ModuleList, batch: Batch, exploration_std: float) -> torch.Tensor:
+    """sum_i mean (Q_i(s, a) - G)^2 to the lambda-returns G."""
+    action = (batch.mean + exploration_std * batch.noise).clamp(-1.0, 1.0)
+    return sum(F.mse_loss(critic(batch.critic_obs, action), batch.returns) for critic in critics)
 
 
-def actor_loss(actor: Actor, critics: nn.ModuleList, batch: Batch) -> torch.Tensor:
+def outcome_loss(move: torch.Tensor, batch: Batch, ratio_clip: float) -> torch.Tensor:
+    """-mean min(rho A, clip(rho) A): its gradient raises the actions whose noise did well. Schulman et al. 2017, eq. 7.
+
+    `move` (B, 12) is how far the actor's action has moved since, in standard deviations of the noise. The likelihood
+    ratio of the action is rho = exp(noise . move - |move|^2 / 2).
+    """
+    ratio = ((batch.noise * move).sum(-1) - 0.5 * (move**2).sum(-1)).exp()
+    clipped = ratio.clamp(1.0 - ratio_clip, 1.0 + ratio_clip)
+    return -torch.minimum(ratio * batch.advantage, clipped * batch.advantage).mean()
+
+
+def slope_loss(action: torch.Tensor, critics: nn.ModuleList, batch: Batch) -> torch.Tensor:
     """-mean_i Q_i(s, mu(s)): its gradient is the deterministic policy gradient. Lillicrap et al. 2016, eq. 6."""
-    action = actor(batch.critic_obs[:, :OBS_SIZE])
     return -sum(critic(batch.critic_obs, action).mean() for critic in critics) / len(critics)
 
 
@@ -196,7 +235,7 @@ def follow(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 class Ddpg:
-    """Actor, two critics, their targets and optimisers."""
+    """Actor, its running average, two critics, and optimisers."""
 
     def __init__(
         self,
@@ -209,18 +248,17 @@ class Ddpg:
         """`arrays` as in a converted checkpoint; mean and scale (87,) of observations shape the steps only."""
         self.config = config
         self.device = torch.device(device)
-        self.actor = load_module(Actor(), "actor", arrays).to(self.device)
-        target_actor = "target_actor" if "target_actor.input.weight" in arrays else "actor"
-        self.target_actor = load_module(Actor(), target_actor, arrays).to(self.device)
+        self.policy = load_module(Actor(), "actor", arrays).to(self.device)
+        learning = "learning_actor" if "learning_actor.input.weight" in arrays else "actor"
+        self.actor = load_module(Actor(), learning, arrays).to(self.device)
         self.critics = critics_from_arrays(arrays, "critic").to(self.device)
-        self.target_critics = critics_from_arrays(arrays, "target_critic").to(self.device)
+        self.actor_learning_rate = config.actor_learning_rate
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=config.actor_learning_rate)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=config.critic_learning_rate)
         self.obs_mean, self.obs_scale = self.tensor(obs_mean), self.tensor(obs_scale)
-        rest = self.tensor(np.zeros(self.critics[0].input.in_features - OBS_SIZE))
+        rest = torch.zeros(self.critics[0].input.in_features - OBS_SIZE, device=self.device)
         self._critic_mean = torch.cat([self.obs_mean, rest])
         self._critic_scale = torch.cat([self.obs_scale, rest + 1.0])
-        self.updates = 0
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """A float32 tensor on the learner's device."""
@@ -228,45 +266,84 @@ class Ddpg:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """Actions (B, 12) without noise for observations (B, 87)."""
+        """Actions (..., 12) without noise for observations (..., 87)."""
         return self.actor(self.tensor(obs)).cpu().numpy()
 
-    @torch.enable_grad()
-    def update(self, batch: Batch, layers: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """One gradient step of the critics, and at every `actor_every`-th of the actor's `layers`."""
-        config = self.config
-        target = critic_target(self.target_actor, self.target_critics, batch, config.discount)
-        loss = critic_loss(self.critics, batch, target)
+    @torch.no_grad()
+    def value(self, critic_obs: np.ndarray) -> np.ndarray:
+        """mean_i Q_i(s, mu(s)) (...) of what critics see (..., 109)."""
+        seen = self.tensor(critic_obs)
+        action = self.actor(seen[..., :OBS_SIZE])
+        return (sum(critic(seen, action) for critic in self.critics) / len(self.critics)).cpu().numpy()
+
+    def learn(self, batch: Batch, layers: tuple[str, ...], rng: np.random.Generator) -> dict[str, float]:
+        """Passes over a round (N, ...) and its mirror image: the critics, and the actor's `layers` if there are any.
+
+        Each pass takes N of the 2 N. The actor stops early where it has moved four times too far.
+        """
+        config, both = self.config, self._with_mirror_image(batch)
+        moves, sums, count = [0.0], 0.0, 0
+        for _ in range(config.epochs):
+            chosen = torch.as_tensor(rng.permutation(len(both.returns))[: len(batch.returns)], device=self.device)
+            for rows in chosen.split(config.batch_size):
+                part = Batch(*(values[rows] for values in both))
+                sums, count = sums + self._critic_step(part), count + 1
+                if layers and (not config.kl_per_round or moves[-1] < 4.0 * config.kl_per_round):
+                    moves.append(self._actor_step(part, layers))
+        kl = float(np.mean(moves[len(moves) // 2 :]))
+        if layers:
+            follow(self.policy, self.actor, config.policy_tau)
+            if config.kl_per_round:
+                self.actor_learning_rate *= float(np.clip(config.kl_per_round / max(kl, 1e-9), 0.67, 1.5))
+        return {"critic_loss": sums / count, "kl": kl, "actor_learning_rate": self.actor_learning_rate}
+
+    @torch.no_grad()
+    def _with_mirror_image(self, batch: Batch) -> Batch:
+        """A round, then itself with left and right exchanged (2 N, ...): the mirrored noise on the actor's action."""
+        seen = self.tensor(mirror_critic_observation(batch.critic_obs.cpu().numpy()))
+        noise = self.tensor(mirror_action(batch.noise.cpu().numpy()))
+        image = Batch(seen, self.actor(seen[:, :OBS_SIZE]), noise, batch.returns, batch.advantage)
+        return Batch(*(torch.cat(pair) for pair in zip(batch, image)))
+
+    def _critic_step(self, part: Batch) -> float:
+        loss = critic_loss(self.critics, part, self.config.exploration_std)
         self.critic_optimizer.zero_grad()
         loss.backward()
         first_layers = [critic.input for critic in self.critics]
         step_as_if_normalized(self.critic_optimizer, first_layers, self._critic_mean, self._critic_scale)
-        self.updates += 1
-        if layers and self.updates % config.actor_every == 0:
-            self.actor_optimizer.zero_grad()
-            trained = [parameter for layer in layers for parameter in getattr(self.actor, layer).parameters()]
-            actor_loss(self.actor, self.critics, batch).backward(inputs=trained)
-            step_as_if_normalized(self.actor_optimizer, [self.actor.input], self.obs_mean, self.obs_scale)
-            follow(self.target_actor, self.actor, config.target_tau)
-        follow(self.target_critics, self.critics, config.target_tau)
-        return {"critic_loss": loss.detach(), "value": target.mean()}
+        return loss.item()
+
+    def _actor_step(self, part: Batch, layers: tuple[str, ...]) -> float:
+        """One step; how far the policy has moved since the round was played, as a Kullback-Leibler divergence."""
+        config = self.config
+        action = self.actor(part.critic_obs[:, :OBS_SIZE])
+        move = (action - part.mean) / config.exploration_std
+        if config.actor_gradient == "outcomes":
+            loss = outcome_loss(move, part, config.ratio_clip)
+        else:
+            loss = slope_loss(action, self.critics, part)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=[parameter for layer in layers for parameter in getattr(self.actor, layer).parameters()])
+        self.actor_optimizer.param_groups[0]["lr"] = self.actor_learning_rate
+        step_as_if_normalized(self.actor_optimizer, [self.actor.input], self.obs_mean, self.obs_scale)
+        return 0.5 * float((move.detach() ** 2).sum(-1).mean())
 
     # --- state to arrays and back ---------------------------------------------------------------------------
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Actor, critics and target critics, named as in a converted checkpoint."""
-        return network_arrays({"actor": self.actor, "critic": self.critics, "target_critic": self.target_critics})
+        """The policy, and critics, named as in a converted checkpoint."""
+        return network_arrays({"actor": self.policy, "critic": self.critics, "target_critic": self.critics})
 
     def state(self) -> dict[str, np.ndarray]:
-        """What `arrays` lacks to go on: target actor, optimisers, observation statistics, counter."""
-        state = network_arrays({"target_actor": self.target_actor})
+        """What `arrays` lacks to go on: learning actor, optimisers, observation statistics, learning rate."""
+        state = network_arrays({"learning_actor": self.actor})
         for name, optimizer in self._optimizers().items():
             for index, entry in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{key}": value.cpu().float().numpy() for key, value in entry.items()}
+                state |= {f"{name}.{index}.{key}": value.cpu().numpy() for key, value in entry.items()}
         return state | {
             "obs_mean": self.obs_mean.cpu().numpy(),
             "obs_scale": self.obs_scale.cpu().numpy(),
-            "updates": np.array(self.updates),
+            "actor_learning_rate": np.array(self.actor_learning_rate),
         }
 
     @classmethod
@@ -276,7 +353,7 @@ class Ddpg:
         """The learner that gave `arrays` and `state`; a `ValueError` or the like where they do not fit."""
         mean, scale = (state[name].reshape(OBS_SIZE) for name in ("obs_mean", "obs_scale"))
         learner = cls(config, arrays | state, mean, scale, device)
-        learner.updates = int(state["updates"])
+        learner.actor_learning_rate = float(state["actor_learning_rate"])
         for name, optimizer in learner._optimizers().items():
             entries: dict[int, dict[str, torch.Tensor]] = {}
             for path, value in named(state, f"{name}.").items():

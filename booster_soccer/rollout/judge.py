@@ -38,10 +38,10 @@ class Scores(NamedTuple):
         return f"{self.mean:+.3f} ({of_tasks})"
 
 
-def judge(policy: Policy, seeds: list[int], start_noise_rad: float = START_NOISE_RAD) -> Scores:
+def judge(policy: Policy, seeds: list[int], start_noise_rad: float = START_NOISE_RAD, backend: str = "twin") -> Scores:
     """Play a policy on every seed in every task. An exception in the caller ends the workers at once."""
     episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
-    results = play_in_workers("twin", policy, episodes, start_noise_rad)
+    results = play_in_workers(backend, policy, episodes, start_noise_rad)
 
     def table(name: str) -> np.ndarray:
         return np.array([float(getattr(result, name)) for result in results]).reshape(c.NUM_TASKS, len(seeds))
