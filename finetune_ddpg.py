@@ -17,7 +17,7 @@ layers thaw from the last to the first; and at the end the best candidate must b
 environments, on episodes that no choice was made on, or the start is the result.
 
 One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards come in two parts, dense
-and official, mixed when a round is learned from: alpha * dense + beta * score, annealed over the whole run
+and official, mixed when a round is learned from: alpha * dense (at a tenth of its size) + beta * score, annealed over the whole run
 (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the platform; only the
 first stops the bootstrap.
 """
@@ -88,6 +88,7 @@ class Config:
     tracking: TrackConfig = TrackConfig()
     validation_episodes: int = 40  # per task, the same for the start and every candidate
     confirmation_episodes: int = 100  # per task, in the official environments, on other seeds
+    dense_scale: float = 0.1  # of the dense reward, where a kick pays twice its points and a fall costs ten
     start_noise: float = START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
     backend: Literal["twin", "official"] = "twin"  # what trains; the same numbers, the twin about ten times faster
     device: Literal["auto", "cpu", "cuda"] = (
@@ -123,7 +124,8 @@ def check(config: Config) -> None:
     check_num_lanes(config.num_lanes)
     settings = vars(config) | vars(config.ddpg)
     at_least = {
-        0: ("seed", "warmup_rounds", "freeze_hidden_until", "freeze_input_until", "start_noise", "kl_per_round"),
+        0: ("seed", "warmup_rounds", "freeze_hidden_until", "freeze_input_until", "start_noise", "kl_per_round",
+            "dense_scale"),
         1: ("total_steps", "round_actions", "epochs", "batch_size"),
         2: ("validation_episodes", "confirmation_episodes"),  # a spread needs two
     }  # fmt: skip
@@ -224,7 +226,7 @@ class Finetuning:
         played = self.round.arrays
         alpha, beta = anneal(self.run.steps, self.config.total_steps)
         value, next_value = (self.learner.value(played[name]) for name in ("critic_obs", "next_critic_obs"))
-        reward = alpha * played["dense"] + beta * played["score"]
+        reward = alpha * self.config.dense_scale * played["dense"] + beta * played["score"]
         ends = played["terminated"], played["ended"]
         return lambda_advantages(reward, value, next_value, *ends, self.config.ddpg.discount, trace_decay), value
 

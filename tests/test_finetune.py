@@ -16,30 +16,30 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, mirror_critic_observation
 from booster_soccer.preprocess.symmetry import mirror_action
 from booster_soccer.rollout.judge import Scores, gain
+from booster_soccer.rollout.rounds import Round
 from booster_soccer.store import checkpoints
-from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import RecordConfig
 from tests import metric_names
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = replace(
-    stage.PRESETS["scratch"], total_steps=60, num_lanes=3, warmup_steps=30, warmup_updates=2, updates_per_round=1,
-    batch_size=16, buffer_size=64, validation_episodes=2, confirmation_episodes=2, device="cpu",
-    ddpg=DdpgConfig(freeze_hidden_until=20, freeze_input_until=40, actor_every=1, actor_learning_rate=3e-4),
+    stage.PRESETS["scratch"], total_steps=60, num_lanes=3, round_actions=5, warmup_rounds=2, validation_episodes=2,
+    confirmation_episodes=2, device="cpu",
+    ddpg=DdpgConfig(freeze_hidden_until=20, freeze_input_until=40, batch_size=16, actor_learning_rate=3e-4),
     records=RecordConfig(log_every=15, judge_every=60),
 )  # fmt: skip
 
 
-def batch(size: int = 32, seed: int = 0) -> Batch:
+def batch(subject: Ddpg, size: int = 32, seed: int = 0) -> Batch:
+    """A round of the subject's own policy, with random returns."""
     rng = np.random.default_rng(seed)
-    rows = (
-        rng.normal(size=(size, CRITIC_OBS_SIZE)),
-        rng.uniform(-1, 1, (size, c.NUM_JOINTS)),
-        rng.normal(size=size),
-        rng.normal(size=(size, CRITIC_OBS_SIZE)),
-        rng.integers(2, size=size),
-    )
+    seen = rng.normal(size=(size, CRITIC_OBS_SIZE)).astype(np.float32)
+    rows = seen, subject.act(seen[:, :OBS_SIZE]), rng.normal(size=(size, c.NUM_JOINTS)), *rng.normal(size=(2, size))
     return Batch(*(torch.as_tensor(row, dtype=torch.float32) for row in rows))
+
+
+def learn(subject: Ddpg, rows: Batch, layers: tuple[str, ...] = LAYERS, seed: int = 0) -> dict[str, float]:
+    return subject.learn(rows, layers, np.random.default_rng(seed))
 
 
 def learner(mean=MEAN, scale=SCALE, **changes) -> Ddpg:
@@ -62,24 +62,24 @@ def test_frozen_layers_do_not_change_by_a_bit(trained):
     subject = learner(rng.normal(size=OBS_SIZE), rng.uniform(0.1, 5, OBS_SIZE))
     before = subject.arrays()
     for seed in range(4):
-        subject.update(batch(seed=seed), trained)
-    after = subject.arrays()
+        learn(subject, batch(subject, seed=seed), trained)
+    after, learning = subject.arrays(), subject.state()
     for layer in LAYERS:
         for kind in ("weight", "bias"):
-            name = f"actor.{layer}.{kind}"
-            assert np.array_equal(before[name], after[name]) == (layer not in trained), name
+            for now in (after[f"actor.{layer}.{kind}"], learning[f"learning_actor.{layer}.{kind}"]):
+                assert np.array_equal(before[f"actor.{layer}.{kind}"], now) == (layer not in trained), (layer, kind)
     assert not np.array_equal(before["critic.0.input.weight"], after["critic.0.input.weight"])
 
 
 def test_thawing_later_leaves_no_trace_of_freezing():
     """A layer that thaws starts with fresh optimiser moments: its first step has Adam's full length."""
-    subject = learner()
+    subject = learner(epochs=1, batch_size=32, kl_per_round=0.0)
     for seed in range(3):
-        subject.update(batch(seed=seed), LAYERS[2:])
-    before = subject.arrays()["actor.hidden.weight"]
-    subject.update(batch(seed=9), LAYERS)
-    moved = np.abs(subject.arrays()["actor.hidden.weight"] - before)
-    assert np.median(moved) == pytest.approx(subject.config.actor_learning_rate, rel=0.01)
+        learn(subject, batch(subject, seed=seed), LAYERS[2:])
+    before = subject.state()["learning_actor.hidden.weight"]
+    learn(subject, batch(subject, seed=9), LAYERS)
+    moved = np.abs(subject.state()["learning_actor.hidden.weight"] - before)
+    assert np.median(moved) == pytest.approx(3e-4, rel=0.01)
 
 
 def test_steps_are_those_of_a_network_on_normalized_inputs():
@@ -103,46 +103,85 @@ def test_steps_are_those_of_a_network_on_normalized_inputs():
         torch.testing.assert_close(raw(x), normalized((x - mean) / scale), rtol=0, atol=1e-9)
 
 
-def test_only_a_true_end_stops_the_bootstrap():
-    subject = learner(discount=0.9)
-    rows = batch(size=2)._replace(reward=torch.tensor([1.0, 1.0]), terminated=torch.tensor([1.0, 0.0]))
-    with torch.no_grad():
-        action = subject.target_actor(rows.next_critic_obs[:, :OBS_SIZE])
-        both = (critic(rows.next_critic_obs, action) for critic in subject.target_critics)
-        next_value = torch.minimum(*both)[1].item()
-    value = subject.update(rows, ())["value"].item()
-    assert value == pytest.approx((1.0 + (1.0 + 0.9 * next_value)) / 2, abs=1e-6)
+def test_advantages_by_hand():
+    """Three actions of two lanes at discount 0.5; after two, one ends by its rules, the other by time."""
+    reward = np.array([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]])
+    value = np.array([[10.0, 10.0], [20.0, 20.0], [40.0, 40.0]])
+    next_value = np.array([[20.0, 20.0], [30.0, 30.0], [8.0, 8.0]])
+    terminated, ended = np.array([[0, 0], [1, 0], [0, 0]]), np.array([[0, 0], [1, 1], [0, 0]])
+    surprise = [[1.0, 1.0], [2.0 - 20.0, 2.0 + 15.0 - 20.0], [4.0 + 4.0 - 40.0] * 2]
+    arguments = reward, value, next_value, terminated, ended, 0.5
+    np.testing.assert_allclose(ddpg.lambda_advantages(*arguments, 0.0), surprise)
+    traced = [[1.0 + 0.25 * -18.0, 1.0 + 0.25 * -3.0], *surprise[1:]]
+    np.testing.assert_allclose(ddpg.lambda_advantages(*arguments, 0.5), traced)
+    # To the end: the Monte-Carlo return above the value, bootstrapped only where time ended the episode.
+    whole = ddpg.lambda_advantages(*arguments, 1.0)[0]
+    np.testing.assert_allclose(whole, [1.0 + 0.5 * 2.0 - 10.0, 1.0 + 0.5 * (2.0 + 0.5 * 30.0) - 10.0])
 
 
-def test_updates_fit_the_values_and_climb_them():
-    """On a one-step problem whose reward is the first action, the critics find it and the actor follows."""
-    subject = learner(actor_learning_rate=1e-3, critic_learning_rate=1e-3)
-    for seed in range(400):
-        rows = batch(64, seed)
-        rows = rows._replace(reward=rows.action[:, 0], terminated=torch.ones(64))
-        loss = subject.update(rows, LAYERS)["critic_loss"].item()
+def test_outcomes_pull_along_the_noise_that_did_well_until_the_ratio_is_clipped():
+    rows = batch(learner(), 2)._replace(advantage=torch.tensor([2.0, -3.0]))
+    move = torch.zeros(2, c.NUM_JOINTS, requires_grad=True)
+    ddpg.outcome_loss(move, rows, 0.2).backward()
+    np.testing.assert_allclose(move.grad, -rows.noise * rows.advantage[:, None] / 2, rtol=1e-6)
+    # Far along the noise of the good action, far from that of the bad one: nothing more to gain.
+    far = (0.5 * rows.noise * torch.tensor([[1.0], [-1.0]])).requires_grad_(True)
+    ddpg.outcome_loss(far, rows, 0.2).backward()
+    np.testing.assert_array_equal(far.grad, np.zeros((2, c.NUM_JOINTS)))
+
+
+@pytest.mark.parametrize("gradient", ["outcomes", "critics"])
+def test_critics_find_the_values_and_the_actor_climbs_them(gradient):
+    """On a one-step problem whose reward is the first action."""
+    settings = {"actor_learning_rate": 3e-4, "critic_learning_rate": 1e-3, "kl_per_round": 0.0}
+    subject = learner(actor_gradient=gradient, **settings)
+    for seed in range(40):
+        rows = batch(subject, 128, seed)
+        first = (rows.mean + subject.config.exploration_std * rows.noise)[:, 0].clamp(-1, 1)
+        loss = learn(subject, rows._replace(returns=first, advantage=rows.noise[:, 0]), seed=seed)["critic_loss"]
     assert loss < 0.05  # it starts near 0.7
-    assert subject.act(batch(seed=999).critic_obs[:, :OBS_SIZE].numpy())[:, 0].mean() > 0.5
+    probe = np.random.default_rng(999).normal(size=(64, OBS_SIZE)).astype(np.float32)
+    assert subject.act(probe)[:, 0].mean() > 0.3
 
 
 def test_critics_learn_what_the_policy_cannot_see():
-    """The reward is a privileged number: the critics find it, though the policy's observation says nothing of it."""
+    """The return is a privileged number: the critics find it, though the policy's observation says nothing of it."""
     subject = learner(critic_learning_rate=1e-3)
-    for seed in range(300):
-        rows = batch(64, seed)
-        rows = rows._replace(reward=rows.critic_obs[:, OBS_SIZE], terminated=torch.ones(64))
-        loss = subject.update(rows, ())["critic_loss"].item()
-    assert loss < 0.2  # of two critics, for a reward of variance 1
+    for seed in range(40):
+        rows = batch(subject, 128, seed)
+        loss = learn(subject, rows._replace(returns=rows.critic_obs[:, OBS_SIZE]), (), seed)["critic_loss"]
+    assert loss < 0.2  # of two critics, for returns of variance 1
 
 
-def test_targets_follow_slowly():
-    subject = learner(target_tau=0.25)
+def test_what_is_shipped_follows_slowly():
+    subject = learner(policy_tau=0.25)
     before = subject.arrays()
-    subject.update(batch(), ())
-    after = subject.arrays()
-    for name in (name for name in before if name.startswith("critic")):
-        expected = 0.75 * before[f"target_{name}"] + 0.25 * after[name]
-        np.testing.assert_allclose(after[f"target_{name}"], expected, rtol=0, atol=1e-6)
+    learn(subject, batch(subject))
+    after, learning = subject.arrays(), subject.state()
+    for name in (name for name in before if name.startswith("actor")):
+        expected = 0.75 * before[name] + 0.25 * learning[f"learning_{name}"]
+        np.testing.assert_allclose(after[name], expected, rtol=0, atol=1e-6)
+
+
+def test_a_round_moves_the_policy_by_the_divergence_that_was_asked_for():
+    """From a learning rate ten times too small and ten times too large."""
+    for start in (1e-6, 1e-4):
+        subject = learner(kl_per_round=0.01, actor_learning_rate=start)
+        moved = [learn(subject, batch(subject, 256, seed), seed=seed)["kl"] for seed in range(40)]
+        assert 0.004 < np.mean(moved[-5:]) < 0.025, start
+        assert max(moved) < 0.08, start  # it stops early
+
+
+def test_half_of_what_is_learned_is_mirrored():
+    subject = learner()
+    rows = batch(subject, 4)
+    both = subject._with_mirror_image(rows)
+    for name, mirror in (("critic_obs", mirror_critic_observation), ("noise", mirror_action)):
+        plain = getattr(rows, name).numpy()
+        np.testing.assert_array_equal(getattr(both, name), np.concatenate([plain, mirror(plain)]))
+    np.testing.assert_allclose(both.mean[4:], subject.act(both.critic_obs[4:, :OBS_SIZE].numpy()), rtol=0, atol=1e-6)
+    for name in ("returns", "advantage"):
+        np.testing.assert_array_equal(getattr(both, name), torch.cat([getattr(rows, name)] * 2))
 
 
 def test_random_networks_see_normalized_observations():
@@ -154,55 +193,58 @@ def test_random_networks_see_normalized_observations():
     assert np.abs(plain(x)).max() < 0.02
 
 
-# --- the buffer ---------------------------------------------------------------------------------------
+# --- rounds -------------------------------------------------------------------------------------------
 
 
 class Somewhere:
-    """Just enough of a run for `Finetuning` to sample."""
+    """Just enough of a run, and of lanes, for `Finetuning` to look at a round."""
 
     def __init__(self, steps: int):
-        self.steps = steps
+        self.steps, self.tasks = steps, list(c.TASKS)
 
 
-def sampling(row: dict[str, np.ndarray], steps: int, **changes) -> Batch:
-    config = replace(SMALL, **changes)
-    subject = stage.Finetuning(config, Somewhere(steps), None, None)
+def with_a_round(steps: int, **changes) -> stage.Finetuning:
+    subject = stage.Finetuning(replace(SMALL, **changes), Somewhere(steps), Somewhere(steps), None)
     subject.learner = learner()
-    subject.replay = Replay(64, stage._ROW_SHAPES)
-    subject.replay.add(**row)
-    return subject.sample()
-
-
-def rows(count: int) -> dict[str, np.ndarray]:
-    number = np.arange(count, dtype=np.float32)
-    return {
-        "critic_obs": np.tile(number[:, None], CRITIC_OBS_SIZE),
-        "action": np.zeros((count, c.NUM_JOINTS)),
-        "dense": number,
-        "score": 10 * number,
-        "next_critic_obs": np.tile(number[:, None] + 1, CRITIC_OBS_SIZE),
-        "terminated": number % 2,
-    }
+    rng = np.random.default_rng(0)
+    while not subject.round.full:
+        shapes = {name: array.shape[1:] for name, array in subject.round.arrays.items()}
+        subject.round.add(**{name: rng.normal(size=shape) for name, shape in shapes.items()})
+    for name in ("terminated", "ended"):
+        subject.round.arrays[name][:] = np.eye(5, 3, k=-2)  # after three, four and five actions
+    return subject
 
 
 @pytest.mark.parametrize(("steps", "alpha", "beta"), [(0, 1.0, 0.1), (30, 0.55, 0.55), (60, 0.1, 1.0)])
-def test_rewards_are_mixed_when_sampled(steps, alpha, beta):
-    sample = sampling(rows(8), steps, mirror=False, batch_size=64)
-    number = sample.critic_obs[:, 0].numpy()
-    np.testing.assert_allclose(sample.reward, alpha * number + beta * 10 * number, rtol=1e-5)
-    np.testing.assert_array_equal(sample.next_critic_obs[:, 5], number + 1)
-    np.testing.assert_array_equal(sample.terminated, number % 2)
+def test_rewards_are_mixed_when_a_round_is_learned_from(steps, alpha, beta):
+    subject = with_a_round(steps)
+    advantage, value = subject.returns(1.0)
+    played, last = subject.round.arrays, [2, 3, 4]
+    expected = alpha * 0.1 * played["dense"][last, range(3)] + beta * played["score"][last, range(3)]
+    np.testing.assert_allclose((advantage + value)[last, range(3)], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_half_of_a_sample_is_mirrored():
-    rng, names = np.random.default_rng(1), ("critic_obs", "next_critic_obs")
-    row = rows(1) | {name: rng.normal(size=(1, CRITIC_OBS_SIZE)).astype(np.float32) for name in names}
-    row["action"] = rng.normal(size=(1, c.NUM_JOINTS)).astype(np.float32)
-    sample = sampling(row, 0, mirror=True, batch_size=4)
-    mirrors = dict.fromkeys(names, mirror_critic_observation) | {"action": mirror_action}
-    for name, mirror in mirrors.items():
-        expected = np.concatenate([*2 * [mirror(row[name])], *2 * [row[name]]])
-        np.testing.assert_array_equal(getattr(sample, name), expected)
+def test_the_critics_are_judged_on_episodes_that_came_to_an_end(monkeypatch):
+    subject = with_a_round(0)
+    returns = np.random.default_rng(1).normal(size=(5, 3))
+    value = 0.5 * returns
+    value[3:, 0], value[4:, 1] = 1e6, 1e6  # of episodes that go on
+    monkeypatch.setattr(subject, "returns", lambda trace_decay: (returns - value, value))
+    seen = [returns[:length, lane] for lane, length in enumerate((3, 4, 5))]
+    expected = [1.0 - np.mean((0.5 * part) ** 2) / part.var() for part in seen]
+    np.testing.assert_allclose(subject.explained(), expected)
+
+
+def test_a_round_goes_on_where_it_was_saved():
+    subject = with_a_round(0).round
+    subject.filled = 3
+    again = Round(5, 3)
+    again.restore(subject.state(), "the saved state")
+    assert again.filled == 3 and not again.full
+    for name, array in again.arrays.items():
+        np.testing.assert_array_equal(array[:3], subject.arrays[name][:3])
+    with pytest.raises(UserError, match="the saved state: 'critic_obs' is"):
+        Round(5, 6).restore(subject.state(), "the saved state")
 
 
 # --- judging ------------------------------------------------------------------------------------------
@@ -232,8 +274,9 @@ class Judge:
         self.start = policy_from_arrays(start.arrays)
         self.by_purpose, self.first_seeds = (validation, fresh), None
 
-    def __call__(self, policy, seeds, start_noise_rad) -> Scores:
+    def __call__(self, policy, seeds, start_noise_rad, backend) -> Scores:
         self.first_seeds = self.first_seeds or seeds
+        assert backend == ("twin" if seeds == self.first_seeds else "official")
         is_start = all(np.array_equal(a, b) for a, b in zip(policy.kernels, self.start.kernels))
         score = 0.0 if is_start else self.by_purpose[seeds != self.first_seeds]
         table = np.full((c.NUM_TASKS, len(seeds)), score)
@@ -318,13 +361,13 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
 
 def test_a_diverged_run_ends_with_what_was_best_before(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stage, "judge", Judge(converted, 0.0, 0.0))
-    update = Ddpg.update
+    learn_from, rounds = Ddpg.learn, []
 
-    def diverging(self, batch, layers):
-        metrics = update(self, batch, layers)
-        return metrics | {"critic_loss": metrics["critic_loss"] * (np.nan if self.updates > 8 else 1.0)}
+    def diverging(self, *arguments):
+        rounds.append(1)
+        return learn_from(self, *arguments) | {"critic_loss": np.nan if len(rounds) > 3 else 1.0}
 
-    monkeypatch.setattr(Ddpg, "update", diverging)
+    monkeypatch.setattr(Ddpg, "learn", diverging)
     config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
     result = checkpoints.load(stage.main(config))
     assert result.manifest["metrics"]["diverged_before_step"] == 30
@@ -338,8 +381,9 @@ def test_bad_input(tmp_path):
         ({"from_scratch": False}, "give either --checkpoint DIR, or --preset scratch"),
         ({"checkpoint": tmp_path}, "give either --checkpoint DIR, or --preset scratch"),
         ({"num_lanes": 4}, "multiple of 3"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"warmup_steps": 10, "batch_size": 20}, "--warmup-steps must be at least batch_size"),
+        ({"round_actions": 0}, "--round-actions must be at least 1"),
+        ({"ddpg": DdpgConfig(batch_size=0)}, "--batch-size must be at least 1"),
+        ({"ddpg": DdpgConfig(exploration_std=0.0)}, "--exploration-std must lie between 0 and 1"),
         ({"ddpg": DdpgConfig(discount=1.0)}, "--discount must lie between 0 and 1"),
         ({"from_scratch": False, "checkpoint": tmp_path / "nowhere"}, "is not there"),
         ({"from_scratch": False, "checkpoint": tmp_path}, "is no checkpoint"),

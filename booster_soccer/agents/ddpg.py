@@ -45,7 +45,7 @@ class DdpgConfig:
     batch_size: int = 2048
     critic_learning_rate: float = 5e-4
     actor_learning_rate: float = 3e-6  # of the first round; then what gives `kl_per_round`
-    kl_per_round: float = 0.01  # how far a round moves the exploring policy; 0: the learning rate stays as it is
+    kl_per_round: float = 0.006  # how far a round moves the exploring policy; 0: the learning rate stays as it is
     ratio_clip: float = 0.2  # of the likelihood ratio
     policy_tau: float = 0.1  # a round's share in the average that is judged and shipped
     freeze_hidden_until: int = 20_000  # before this step only the last layer learns

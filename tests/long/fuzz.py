@@ -45,6 +45,7 @@ from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, observe
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store import run as life
@@ -229,17 +230,19 @@ class Attacks:
 
     @staticmethod
     def _finetuning(out: Path) -> tuple[life.Run, life.Stage]:
-        rows = {name: np.zeros((20, *shape), np.float32) for name, shape in finetune_ddpg._ROW_SHAPES.items()}
+        seen = np.zeros((3, CRITIC_OBS_SIZE), np.float32)
         lanes = mock.Mock(tasks=list(c.TASKS))
         lanes.state.return_value = {"lane_episode": np.zeros(3, np.int64), "lane_length": np.zeros(3, np.int64)}
-        lanes.restore.return_value = rows["critic_obs"][:3]
+        lanes.restore.return_value = seen
         scratch = finetune_ddpg.PRESETS["scratch"]
-        config = dataclasses.replace(scratch, out=out, num_lanes=3, buffer_size=64, batch_size=8, device="cpu")
+        config = dataclasses.replace(scratch, out=out, num_lanes=3, round_actions=8, device="cpu")
         run = life.Run(out, "finetuned", config)
         stage = finetune_ddpg.Finetuning(config, run, lanes, None)
-        stage.critic_obs, stage.learner = rows["critic_obs"][:3], ddpg.Ddpg(config.ddpg, _networks(), *_UNIT)
-        stage.replay.add(**rows)
-        stage.update(2, LAYERS)
+        stage.critic_obs, stage.learner = seen, ddpg.Ddpg(config.ddpg, _networks(), *_UNIT)
+        while not stage.round.full:
+            stage.round.add(**{name: array[0] for name, array in stage.round.arrays.items()})
+        stage.learn(LAYERS)
+        stage.round.filled = 5
         run.kept["start"] = life.Candidate(_networks(), 0, np.zeros((c.NUM_TASKS, 2)))
         return run, stage
 

@@ -44,8 +44,8 @@ _STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED, signal.SIGI
 _PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
     --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --judge-episodes 2
     --judge-every 480 --log-every 200 --checkpoint-interval-s 0 --keep-state"""
-_FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --warmup-steps 60 --warmup-updates 10
-    --freeze-hidden-until 160 --freeze-input-until 320 --updates-per-round 1 --batch-size 32 --buffer-size 150
+_FINETUNE = """finetune_ddpg.py --num-lanes 3 --total-steps 480 --round-actions 20 --warmup-rounds 1
+    --freeze-hidden-until 160 --freeze-input-until 320 --batch-size 32
     --validation-episodes 2 --confirmation-episodes 2 --judge-every 480 --log-every 120 --device cpu
     --checkpoint-every 30 --checkpoint-interval-s 0 --keep-state"""
 STAGES = {
