@@ -17,9 +17,9 @@ layers thaw from the last to the first; and at the end the best candidate must b
 environments, on episodes that no choice was made on, or the start is the result.
 
 One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards come in two parts, dense
-and official, mixed when a round is learned from: alpha * dense (at a tenth of its size) + beta * score, annealed over the whole run
-(`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the platform; only the
-first stops the bootstrap.
+(at a tenth of pre-training's size) and official, mixed when a round is learned from: alpha * dense + beta * score,
+annealed over the whole run (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time,
+as on the platform; only the first stops the bootstrap.
 """
 
 from booster_soccer import terminal
@@ -41,7 +41,8 @@ import torch
 from tqdm import tqdm
 
 from booster_soccer import errors
-from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, lambda_advantages, random_arrays, trainable_layers
+from booster_soccer.agents import ddpg
+from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, trainable_layers
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.cli import parse
@@ -165,7 +166,11 @@ class Finetuning:
         config = self.config
         self.critic_obs = self.lanes.start()
         unit = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
-        arrays = random_arrays(config.seed, *unit) if self.parent is None else self.parent.arrays
+        arrays = ddpg.random_arrays(config.seed, *unit)
+        if self.parent is not None:
+            # What was pre-trained knows the dense reward in full, what was fine-tuned its own.
+            factor = config.dense_scale if self.parent.stage == "converted" else 1.0
+            arrays = ddpg.rescale_critics(self.parent.arrays, factor)
         self.learner = Ddpg(config.ddpg, arrays, *unit, self.device)
         explained: list[np.ndarray] = []
         for number in range(max(config.warmup_rounds, 1)):
@@ -174,7 +179,7 @@ class Finetuning:
             if number == 0:
                 met = self.round.arrays["critic_obs"][..., :OBS_SIZE]
                 mean, scale = met.mean(axis=(0, 1)), np.maximum(met.std(axis=(0, 1)), _MIN_OBS_SCALE)
-                arrays = random_arrays(config.seed, mean, scale) if self.parent is None else arrays
+                arrays = ddpg.random_arrays(config.seed, mean, scale) if self.parent is None else arrays
                 self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
             explained.append(self.explained())
             for task, share in zip(c.TASKS, explained[-1]):
@@ -228,7 +233,7 @@ class Finetuning:
         value, next_value = (self.learner.value(played[name]) for name in ("critic_obs", "next_critic_obs"))
         reward = alpha * self.config.dense_scale * played["dense"] + beta * played["score"]
         ends = played["terminated"], played["ended"]
-        return lambda_advantages(reward, value, next_value, *ends, self.config.ddpg.discount, trace_decay), value
+        return ddpg.lambda_advantages(reward, value, next_value, *ends, self.config.ddpg.discount, trace_decay), value
 
     def explained(self) -> np.ndarray:
         """Share (tasks,) of the variance of the round's Monte-Carlo returns that the critics explain.
@@ -239,7 +244,7 @@ class Finetuning:
         came_to_an_end = np.flip(np.maximum.accumulate(np.flip(self.round.arrays["ended"], 0)), 0) > 0
         of_task = np.array(self.lanes.tasks) == np.array(c.TASKS)[:, None]
         shares = [explained_variance((advantage + value)[rows], value[rows]) if rows.any() else 0.0
-                  for rows in (came_to_an_end & lanes for lanes in of_task)]  # fmt: skip
+                  for rows in came_to_an_end & of_task[:, None]]  # fmt: skip
         return np.array(shares)
 
     def learn(self, layers: tuple[str, ...]) -> None:

@@ -23,10 +23,10 @@ from tests import metric_names
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = replace(
-    stage.PRESETS["scratch"], total_steps=60, num_lanes=3, round_actions=5, warmup_rounds=2, validation_episodes=2,
+    stage.PRESETS["scratch"], total_steps=240, num_lanes=3, round_actions=20, warmup_rounds=2, validation_episodes=2,
     confirmation_episodes=2, device="cpu",
-    ddpg=DdpgConfig(freeze_hidden_until=20, freeze_input_until=40, batch_size=16, actor_learning_rate=3e-4),
-    records=RecordConfig(log_every=15, judge_every=60),
+    ddpg=DdpgConfig(freeze_hidden_until=80, freeze_input_until=160, batch_size=16, actor_learning_rate=3e-4),
+    records=RecordConfig(log_every=60, judge_every=240),
 )  # fmt: skip
 
 
@@ -184,6 +184,14 @@ def test_half_of_what_is_learned_is_mirrored():
         np.testing.assert_array_equal(getattr(both, name), torch.cat([getattr(rows, name)] * 2))
 
 
+def test_critics_of_a_smaller_reward_predict_as_much_less():
+    subject, seen = learner(), np.random.default_rng(0).normal(size=(4, CRITIC_OBS_SIZE)).astype(np.float32)
+    arrays = subject.arrays()
+    smaller = Ddpg(subject.config, ddpg.rescale_critics(arrays, 0.1), MEAN, SCALE)
+    np.testing.assert_allclose(smaller.value(seen), 0.1 * subject.value(seen), rtol=1e-5)
+    assert np.array_equal(smaller.arrays()["actor.output.weight"], arrays["actor.output.weight"])
+
+
 def test_random_networks_see_normalized_observations():
     rng = np.random.default_rng(5)
     mean, scale = rng.normal(0, 10, OBS_SIZE), rng.uniform(0.1, 8, OBS_SIZE)
@@ -203,8 +211,8 @@ class Somewhere:
         self.steps, self.tasks = steps, list(c.TASKS)
 
 
-def with_a_round(steps: int, **changes) -> stage.Finetuning:
-    subject = stage.Finetuning(replace(SMALL, **changes), Somewhere(steps), Somewhere(steps), None)
+def with_a_round(steps: int) -> stage.Finetuning:
+    subject = stage.Finetuning(replace(SMALL, round_actions=5), Somewhere(steps), Somewhere(steps), None)
     subject.learner = learner()
     rng = np.random.default_rng(0)
     while not subject.round.full:
@@ -215,7 +223,7 @@ def with_a_round(steps: int, **changes) -> stage.Finetuning:
     return subject
 
 
-@pytest.mark.parametrize(("steps", "alpha", "beta"), [(0, 1.0, 0.1), (30, 0.55, 0.55), (60, 0.1, 1.0)])
+@pytest.mark.parametrize(("steps", "alpha", "beta"), [(0, 1.0, 0.1), (120, 0.55, 0.55), (240, 0.1, 1.0)])
 def test_rewards_are_mixed_when_a_round_is_learned_from(steps, alpha, beta):
     subject = with_a_round(steps)
     advantage, value = subject.returns(1.0)
@@ -293,14 +301,14 @@ def test_the_result_is_never_below_the_start(converted, tmp_path, monkeypatch, v
     config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
     finetuned = checkpoints.load(stage.main(config), ("finetuned",))
     assert finetuned.manifest["parents"] == [{"stage": "converted", "hash": converted.hash}]
-    assert finetuned.manifest["steps"] == 560
+    assert finetuned.manifest["steps"] == 740
     metrics = finetuned.manifest["metrics"]
     assert metrics["result"] == result
     for name in (name for name in converted.arrays if name.startswith("actor")):
         same = np.array_equal(finetuned.arrays[name], converted.arrays[name])
         assert same == (result == "start"), name
     if validation > 0:
-        assert metrics["gain"] == pytest.approx(fresh) and metrics["candidate_step"] == 60
+        assert metrics["gain"] == pytest.approx(fresh) and metrics["candidate_step"] == 240
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.metrics.jsonl"]
 
 
@@ -333,10 +341,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
 
     def save_and_die(run, subject):
         save(run, subject)
-        if run.steps >= 45:  # in the middle of episodes
+        if run.steps >= 180:  # in the middle of episodes
             raise Killed
 
-    often = replace(SMALL.records, checkpoint_every=15, checkpoint_interval_s=0.0)
+    often = replace(SMALL.records, checkpoint_every=60, checkpoint_interval_s=0.0)
     killed = replace(SMALL, out=tmp_path / "killed", records=often)
     with monkeypatch.context() as patch:
         patch.setattr(stage.Run, "save", save_and_die)
@@ -355,7 +363,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
     # Losses, values and rewards of every line: equal to the last digit written.
     lines = [[line for line in (tmp_path / f"{name}.metrics.jsonl").read_text().splitlines() if "reward/dense" in line]
              for name in ("whole", "killed")]  # fmt: skip
-    assert len(lines[0]) == 1 + 4  # warm-up, and every 15 steps
+    assert len(lines[0]) == 1 + 4  # warm-up, and every 60 steps
     assert [line.partition("reward/")[2] for line in lines[0]] == [line.partition("reward/")[2] for line in lines[1]]
 
 
@@ -365,13 +373,13 @@ def test_a_diverged_run_ends_with_what_was_best_before(converted, tmp_path, monk
 
     def diverging(self, *arguments):
         rounds.append(1)
-        return learn_from(self, *arguments) | {"critic_loss": np.nan if len(rounds) > 3 else 1.0}
+        return learn_from(self, *arguments) | {"critic_loss": np.nan if len(rounds) > 4 else 1.0}
 
     monkeypatch.setattr(Ddpg, "learn", diverging)
     config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
     result = checkpoints.load(stage.main(config))
-    assert result.manifest["metrics"]["diverged_before_step"] == 30
-    assert "warning: training diverged before step 30" in capsys.readouterr().err
+    assert result.manifest["metrics"]["diverged_before_step"] == 180
+    assert "warning: training diverged before step 180" in capsys.readouterr().err
     np.testing.assert_array_equal(result.arrays["actor.output.weight"], converted.arrays["actor.output.weight"])
 
 

@@ -129,6 +129,12 @@ def random_arrays(seed: int, obs_mean: np.ndarray, obs_scale: np.ndarray) -> dic
     return network_arrays({"actor": actor, "critic": critics, "target_critic": critics})
 
 
+def rescale_critics(arrays: dict[str, np.ndarray], factor: float) -> dict[str, np.ndarray]:
+    """Networks whose critics predict `factor` times as much: what came with another size of reward."""
+    outputs = [name for name in arrays if "critic." in name and ".output." in name]
+    return arrays | {name: (arrays[name] * factor).astype(np.float32) for name in outputs}
+
+
 def network_arrays(networks: dict[str, nn.Module]) -> dict[str, np.ndarray]:
     """Parameters as checkpoint arrays: `prefix.layer.weight`."""
     return {
