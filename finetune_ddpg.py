@@ -207,16 +207,9 @@ class Finetuning:
         self.lanes.send(action)
         after = self.lanes.receive()
         ended = after.terminated | after.truncated
-        self.round.add(
-            critic_obs=seen,
-            mean=mean,
-            noise=noise,
-            dense=after.dense,
-            score=after.score,
-            next_critic_obs=after.critic_obs,
-            terminated=after.terminated,
-            ended=ended,
-        )
+        rewards = {"dense": after.dense, "score": after.score}
+        ends = {"next_critic_obs": after.critic_obs, "terminated": after.terminated, "ended": ended}
+        self.round.add(critic_obs=seen, mean=mean, noise=noise, **rewards, **ends)
         self.critic_obs = after.next_critic_obs
         for name, values in after.dense_terms.items():
             self.statistics.add(f"reward/{name}", values)
