@@ -1,33 +1,36 @@
 """The official score of a checkpoint of any stage, or of a baseline, in the official environments.
 
     python evaluate.py --checkpoint DIR [--episodes 100] [--seed 0] [--start-noise 0.02] [--json FILE]
-                       [--plot FILE.png] [--backend official|twin]
-    python evaluate.py --checkpoint DIR --only target:123 [--start-noise 0.02]
+                       [--plot FILE.png] [--video FILE.mp4] [--backend official|twin]
+    python evaluate.py --checkpoint DIR --only target:123 [--start-noise 0.02] [--video FILE.mp4]
     python evaluate.py --policy hold
 
 Input: a checkpoint directory. Output: tables of the score, its terms, the ball's motion and the worst
 episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
 fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks; with `--plot` the
-distribution of the scores. `--only` plays one episode again, by its task and seed. The numbers do not depend
-on the number of workers, nor on the backend: the twin gives the official numbers, faster.
+distribution of the scores; with `--video` the first episode of each task side by side (.mp4, .webp or .gif), where the
+machine has an OpenGL. `--only` plays one episode again, by its task and seed. The numbers do not depend on the number
+of workers, nor on the backend: the twin gives the official numbers, faster.
 """
 
 import shlex
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
 from booster_soccer import errors
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
+from booster_soccer.envs import official
 from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking import report
+from booster_soccer.tracking import report, video
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
 
@@ -42,6 +45,7 @@ class Config:
     start_noise: float = 0.0  # standard deviation of the noise on each joint's start position, rad
     json: Path | None = None  # new file for the result
     plot: Path | None = None  # new file for the distribution of the scores, .png, .svg or .pdf
+    video: Path | None = None  # new file for the first episode of each task, or that of --only: .mp4, .webp or .gif
     only: str | None = None  # task:seed, play this one episode instead, e.g. target:123
     backend: Literal["official", "twin"] = "official"  # which environment plays
     workers: int | None = None  # processes; default one per core
@@ -59,7 +63,10 @@ def _check(config: Config) -> None:
         )
     if config.only is not None:
         _episode(config.only)
-    finished(config.plot, {})
+    if config.video is not None:
+        video.check_name(config.video)
+    for file in (config.plot, config.video):
+        finished(file, {})
 
 
 def _episode(text: str) -> Episode:
@@ -82,42 +89,77 @@ def replay_command(config: Config, episode: Episode) -> str:
     return shlex.join(map(str, words))
 
 
-def main(config: Config) -> dict:
-    """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
-    _check(config)
-    policy: Policy
-    subject: dict[str, Any]
-    if config.checkpoint is not None:
-        checkpoint = checkpoints.load(config.checkpoint)
-        policy = policy_from_arrays(checkpoint.arrays)
-        subject = {"checkpoint": str(config.checkpoint), "stage": checkpoint.stage, "hash": checkpoint.hash}
-        title = f"{config.checkpoint} ({checkpoint.stage})"
-    else:
-        title = str(config.policy)
-        policy, subject = reference_policy(title), {"policy": title}
+class Subject(NamedTuple):
+    """Who plays."""
 
-    settings = {"episodes": config.episodes, "seed": config.seed, "only": config.only}
-    identity = {name: value for name, value in subject.items() if name != "checkpoint"} | settings
-    identity |= {"start_noise": config.start_noise, "backend": config.backend}
-    if there := finished(config.json, identity):
-        return there
-    started = time.perf_counter()
-    result = subject | {"identity": identity}
+    policy: Policy
+    title: str
+    about: dict[str, Any]  # part of the result
+
+    @property
+    def hash(self) -> str:
+        """Of the checkpoint; empty for a baseline."""
+        return self.about.get("hash", "")
+
+
+def subject_of(config: Config) -> Subject:
+    """The checkpoint or the baseline."""
+    if config.checkpoint is None:
+        name = str(config.policy)
+        return Subject(reference_policy(name), name, {"policy": name})
+    checkpoint = checkpoints.load(config.checkpoint)
+    about = {"checkpoint": str(config.checkpoint), "stage": checkpoint.stage, "hash": checkpoint.hash}
+    return Subject(policy_from_arrays(checkpoint.arrays), f"{config.checkpoint} ({checkpoint.stage})", about)
+
+
+def measure(config: Config, subject: Subject, identity: dict[str, Any]) -> dict:
+    """Play, and print the tables; returns the JSON file's content."""
+    result, policy = subject.about | {"identity": identity}, subject.policy
     if config.only is not None:
         [played] = play_in_workers(config.backend, policy, [_episode(config.only)], config.start_noise, workers=1)
         result |= {"backend": config.backend, "start_noise_rad": config.start_noise}
         result |= asdict(played) | {"ending": ending(played)}
-        report.print_episode(asdict(played), f"{title}, {config.only}: {result['ending']}")
+        report.print_episode(asdict(played), f"{subject.title}, {config.only}: {result['ending']}")
     else:
         result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
-        report.print_result(result, title)
+        report.print_result(result, subject.title)
         worst = report.worst_episodes(result["tasks"]["target"])[0]
         print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")
+    return result
+
+
+def film(config: Config, subject: Subject, file: Path) -> None:
+    """Write the video; where the machine cannot draw, say so and go on."""
+    if config.only is not None:
+        episodes = [_episode(config.only)]
+    else:
+        episodes = [Episode(task, official.match_seed(config.seed, 0)) for task in c.TASKS]
+    title = subject.title + (f", checkpoint {subject.hash}" if subject.hash else "")
+    try:
+        video.opengl()
+    except UserError as error:
+        print(f"warning: no video is written: {error}", file=sys.stderr)
+        return
+    video.write(file, subject.policy, episodes, config.start_noise, title, subject.hash)
+    print(file)
+
+
+def main(config: Config) -> dict:
+    """Evaluate, print the tables, write the files that are named; returns the JSON file's content."""
+    _check(config)
+    subject = subject_of(config)
+    settings = {"episodes": config.episodes, "seed": config.seed, "only": config.only}
+    identity = {name: value for name, value in subject.about.items() if name != "checkpoint"} | settings
+    identity |= {"start_noise": config.start_noise, "backend": config.backend}
+    started, there = time.perf_counter(), finished(config.json, identity)
+    result = there or measure(config, subject, identity)
     print(f"{time.perf_counter() - started:.0f} s")
     if config.plot is not None:
-        report.plot(result, title, config.plot)
+        report.plot(result, subject.title, config.plot)
         print(config.plot)
-    if config.json is not None:
+    if config.video is not None:
+        film(config, subject, config.video)
+    if config.json is not None and there is None:
         report.write_json(result, config.json)
     return result
 
