@@ -9,6 +9,7 @@ Input: nothing. Output: under `--out`
     evaluations                     the official scores, a JSON file for each row of the table
     submission                      the package for the platform; nothing is sent
     summary.json                    settings, seconds of each stage in this call, scores
+    report.html                     scores, verdict and advice in words; links the pages of the stages
 
 Each stage is one of the scripts beside this file, run as a process of its own. The first one that fails stops
 the chain. The same command with `--resume` goes on: every stage knows its own finished output, and its unfinished one.
@@ -34,6 +35,7 @@ from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.signals import STOPPED, StopSignal
+from booster_soccer.tracking import stage_pages
 
 SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores
@@ -201,6 +203,7 @@ def main(config: Config) -> Path:
     with os_errors(f"write {out / 'summary.json'}", OTHER_PLACE):
         (out / "summary.json").unlink(missing_ok=True)
         write_file(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    stage_pages.of_chain(out)
     print(out)
     return out
 

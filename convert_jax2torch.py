@@ -10,7 +10,8 @@ deterministic policy needs none, but one out of range means that the means were 
 
 Gate 2's comparison is part of it: JAX and PyTorch compute actions and values of the golden observations, of real ones
 from the official environments, and of drawn ones. Nothing is written if the actions differ by more than 1e-5 computed
-in float64 on both sides, or 1e-4 in float32. A conversion that is there already is recognised.
+in float64 on both sides, or 1e-4 in float32. `<out>.html` is a report of it. A conversion that is there already is
+recognised.
 
 With `--onnx` the policy of a checkpoint of any stage becomes an ONNX file instead, for a robot's computer; ONNX Runtime
 reproduces the golden actions, or nothing is written.
@@ -36,6 +37,7 @@ from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.manifests import MANIFEST, action_layer
 from booster_soccer.store.places import check_output_dir
+from booster_soccer.tracking import stage_pages
 
 _START_NOISE_RAD = 0.02  # so that the deterministic goalie start gives more than one trajectory
 _DRAWS_PER_REAL = 0.5  # drawn observations beside the real ones
@@ -131,6 +133,7 @@ def main(config: Config) -> Path:
         config.out, "converted", converted, obs, asdict(config), config.seed, steps, [checkpoint], metrics
     )
     _print(metrics)
+    stage_pages.of_conversion(path)
     print(path)
     return path
 

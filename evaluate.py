@@ -7,13 +7,13 @@
 
 Input: a checkpoint directory. Output: tables of the score, its terms, the ball's motion and the worst
 episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
-fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks; with `--plot` the
+fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks, and beside it a page
+of the same name (.html) with tables, figures, episodes to play and advice; with `--plot` the
 distribution of the scores; with `--video` the first episode of each task side by side (.mp4, .webp or .gif), where the
 machine has an OpenGL. `--only` plays one episode again, by its task and seed. The numbers do not depend on the number
 of workers, nor on the backend: the twin gives the official numbers, faster.
 """
 
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers, reference_policy
 from booster_soccer.rollout.scores import check_numbers, ending, evaluate
 from booster_soccer.store import checkpoints
-from booster_soccer.tracking import report, video
+from booster_soccer.tracking import plots, report, stage_pages, video
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
 
@@ -80,15 +80,6 @@ def _episode(text: str) -> Episode:
     return Episode(task, int(seed))
 
 
-def replay_command(config: Config, episode: Episode) -> str:
-    """The command that plays one of the evaluated episodes again, with the same score."""
-    which = ("--checkpoint", config.checkpoint) if config.checkpoint is not None else ("--policy", config.policy)
-    words = ["python", "evaluate.py", *which, "--only", f"{episode.task}:{episode.seed}"]
-    if config.start_noise > 0.0:
-        words += ["--start-noise", config.start_noise]
-    return shlex.join(map(str, words))
-
-
 class Subject(NamedTuple):
     """Who plays."""
 
@@ -124,7 +115,7 @@ def measure(config: Config, subject: Subject, identity: dict[str, Any]) -> dict:
         result |= evaluate(policy, config.episodes, config.seed, config.start_noise, config.backend, config.workers)
         report.print_result(result, subject.title)
         worst = report.worst_episodes(result["tasks"]["target"])[0]
-        print(f"one of them again: {replay_command(config, Episode(worst['task'], worst['seed']))}")
+        print(f"one of them again: {report.replay_command(result, worst)}")
     return result
 
 
@@ -155,12 +146,14 @@ def main(config: Config) -> dict:
     result = there or measure(config, subject, identity)
     print(f"{time.perf_counter() - started:.0f} s")
     if config.plot is not None:
-        report.plot(result, subject.title, config.plot)
+        plots.scores(result, subject.title).savefig(config.plot)
         print(config.plot)
     if config.video is not None:
         film(config, subject, config.video)
     if config.json is not None and there is None:
         report.write_json(result, config.json)
+    if config.json is not None and config.only is None and (written := stage_pages.of_evaluation(config.json)):
+        print(written)
     return result
 
 

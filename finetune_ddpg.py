@@ -6,9 +6,10 @@
 Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`.
 Output: a "finetuned" checkpoint; until it is there, `<out>.resume` and `<out>.replay`, from which `--resume`
 goes on after a kill: on a CPU to the very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every
-log line. SIGTERM: the state is saved, and the process ends within 10 s with status 143 (in the warm-up nothing is
-saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or,
-with `--backend official`, by themselves, one process a lane.
+log line, and at the end `<out>.html` is a report with curves and verdict. SIGTERM: the state is saved, and the process
+ends within 10 s with status 143 (in the warm-up nothing is saved: it begins again). The environments are played by
+their twin (`envs/twin.py`, the same numbers to the bit) or, with `--backend official`, by themselves, one process a
+lane.
 
 The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a
 good policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy
@@ -55,6 +56,7 @@ from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
+from booster_soccer.tracking import stage_pages
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -430,7 +432,9 @@ def main(config: Config) -> Path:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"SIGTERM: {where}", flush=True)
             raise SystemExit(STOPPED) from None
-        return run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+        path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+    stage_pages.of_run(config.out)
+    return path
 
 
 if __name__ == "__main__":

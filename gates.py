@@ -3,7 +3,8 @@
     python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0] [--backend twin|official]
 
 Input: a "pretrained" checkpoint and the "converted" one made from it. Output: tables, one line on stderr for
-every check that fails, and with `--json` a file that holds all the numbers. Exit status 1 if a check fails.
+every check that fails, and with `--json` a file that holds all the numbers and a page beside it (.html). Exit status 1
+if a check fails.
 
 Gate 1: the observation is the same in JAX, in NumPy and in the class that is submitted, on states of the
 official environments, those of turned and tilted robots too; and turning the robot proves that its
@@ -47,6 +48,7 @@ from booster_soccer.rollout.play import Episode, Recorded, play_in_workers
 from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.report import finished, write_json
 
 MIN_STATES = 100  # per task
@@ -430,6 +432,7 @@ def main(config: Config) -> dict[str, Any]:
     _print(checks)
     if config.json is not None:
         write_json(report, config.json)
+        stage_pages.of_gates(config.json)
     return report
 
 

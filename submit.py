@@ -51,6 +51,7 @@ from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.places import is_vacant
+from booster_soccer.tracking import stage_pages
 
 FORMAT = "booster-soccer submission"
 MODEL, PREPROCESSOR, MANIFEST, SCORE = "model.pt", "preprocessor.py", "manifest.json", "score.json"
@@ -98,6 +99,7 @@ def main(config: Config) -> Path:
     else:
         build(config, checkpoint, identity)
     print_score(config.out)
+    stage_pages.of_submission(config.out)
     name = config.name or f"{checkpoint.stage}-{checkpoint.hash}"
     _print_contents(config, name)
     if config.yes:

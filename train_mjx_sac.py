@@ -6,7 +6,7 @@
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, when the run is finished, with
 the policy that the judge liked best: its official score on the twin, always on the same starts. Until then
 `<out>.resume` holds the latest state (and the policy at that step), `<out>.replay` its buffer; `<out>.metrics.jsonl`
-has every log line's numbers.
+has every log line's numbers, and at the end `<out>.html` is a report of them.
 
 A run that was killed and is started again with `--resume` goes on where its last state was saved; on a CPU it
 ends with the very bits of a run that was never killed. SIGTERM: the state is saved, and the process ends
@@ -52,6 +52,7 @@ from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
+from booster_soccer.tracking import stage_pages
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
 
@@ -247,7 +248,9 @@ def main(config: Config) -> Path:
         best = run.kept["best"]
         metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
         scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
-        return run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+        path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+    stage_pages.of_run(config.out)
+    return path
 
 
 if __name__ == "__main__":
