@@ -4,6 +4,7 @@
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
 # make clean  deletes what make made: the environment and the tools' caches; runs/ stays
+# make picture draws docs/figures/play.webp again: the shipped policy on starts that chose nothing; needs an OpenGL
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +13,8 @@ READY := $(VENV)/.ready
 HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
-export MUJOCO_GL ?= disable
 
-.PHONY: setup run resume check fix test drills scene score check-pins clean
+.PHONY: setup run resume check fix test drills scene picture score check-pins clean
 
 setup: $(READY)
 
@@ -64,6 +64,12 @@ drills: setup
 
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene
+
+picture: setup
+	rm -f docs/figures/play.webp
+	$(BIN)/python evaluate.py --checkpoint assets/policies/final --backend twin --seed 5201 --start-noise 0.02 \
+		--episodes 1 --video docs/figures/play.webp
+	test -f docs/figures/play.webp
 
 score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --only goalie:0

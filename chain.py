@@ -9,6 +9,7 @@ Input: nothing. Output: under `--out`
     evaluations                     the official scores, a JSON file for each row of the table
     submission                      the package for the platform; nothing is sent
     summary.json                    settings, seconds of each stage in this call, scores
+    report.html                     scores, verdict and advice in words; links the pages of the stages
 
 Each stage is one of the scripts beside this file, run as a process of its own. The first one that fails stops
 the chain. The same command with `--resume` goes on: every stage knows its own finished output, and its unfinished one.
@@ -42,6 +43,7 @@ from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded, owned
 from booster_soccer.store.manifests import finite
 from booster_soccer.store.signals import StopSignal, as_launcher
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 SCRIPTS = Path(__file__).parent
@@ -212,7 +214,8 @@ def main(config: Config) -> Path:
         judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
         seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
         claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
-        recorder.result(Result(seconds, [out / "summary.json"], row=judged, claim=claim))
+        files = [out / "summary.json", stage_pages.of_chain(out)]
+        recorder.result(Result(seconds, files, row=judged, claim=claim))
     print(out)
     return out
 

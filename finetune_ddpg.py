@@ -3,22 +3,21 @@
     python finetune_ddpg.py --checkpoint runs/converted --out runs/finetuned [--preset demo|cpu|l4|h200]
     python finetune_ddpg.py --preset scratch --out runs/scratch
 
-Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`.
-Output: a "finetuned" checkpoint; until it is there, `<out>.resume` and `<out>.replay`, from which `--resume`
-goes on after a kill: on a CPU to the very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every
-log line. SIGTERM: the state is saved, and the process ends within 10 s with status 143 (in the warm-up nothing is
-saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or,
-with `--backend official`, by themselves, one process a lane.
+Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`. Output:
+a "finetuned" checkpoint; until it is there, `<out>.resume` and `<out>.replay`, from which `--resume` goes on after a
+kill: on a CPU to the very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every log line, and at
+the end `<out>.html` is a report with curves and verdict. SIGTERM: the state is saved, and the process ends within 10 s
+with status 143 (in the warm-up nothing is saved: it begins again). The environments are played by their twin
+(`envs/twin.py`, the same numbers to the bit) or, with `--backend official`, by themselves, one process a lane.
 
 The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a
 good policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy
 (WSRL, arXiv 2412.07762); the actor's layers thaw from the last to the first; and at the end the best candidate must
 beat the start on episodes that no choice was made on, or the start is the result.
 
-One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards are stored in
-two parts, dense and official, and mixed when sampled: alpha * dense + beta * score, annealed over the whole
-run (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time, as on the
-platform; only the first stops the bootstrap.
+One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards are stored in two parts
+and mixed when sampled: alpha * dense + beta * score, annealed over the whole run (`rewards/annealing.py`). The score is
+paid when an episode ends, by its rules or by time, as on the platform; only the first stops the bootstrap.
 """
 
 from booster_soccer import terminal
@@ -60,6 +59,7 @@ from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_training
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
@@ -438,7 +438,7 @@ def main(config: Config) -> Path:
                     arrays, verdict = stage.choose()
                 path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
                 numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
-                recorder.result(Result(numbers, [path], checkpoints.load(path)))
+                recorder.result(Result(numbers, [path, stage_pages.of_run(path)], checkpoints.load(path)))
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"{stop.name}: {where}", flush=True)

@@ -6,7 +6,7 @@
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, when the run is finished, with
 the policy that the judge liked best: its official score on the twin, always on the same starts. Until then
 `<out>.resume` holds the latest state (and the policy at that step), `<out>.replay` its buffer; `<out>.metrics.jsonl`
-has every log line's numbers.
+has every log line's numbers, and at the end `<out>.html` is a report of them.
 
 A run that was killed and is started again with `--resume` goes on where its last state was saved; on a CPU it
 ends with the very bits of a run that was never killed. SIGTERM: the state is saved, and the process ends
@@ -56,6 +56,7 @@ from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
@@ -280,7 +281,8 @@ def main(config: Config) -> Path:
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
             path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
             judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
-            recorder.result(Result({"result/step": best.steps}, [path], checkpoints.load(path), judged))
+            files = [path, stage_pages.of_run(path)]
+            recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))
         return path
 
 

@@ -3,7 +3,6 @@
 import os
 import tempfile
 
-os.environ.setdefault("MUJOCO_GL", "disable")  # tests never render
 os.environ.setdefault("BOOSTER_TRACK", "none")  # trackers take seconds; the tests of tracking ask for them
 # Tests compile more than they compute: MJX takes 22 s of CPU to compile instead of 36 s.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -132,6 +132,8 @@ class OfficialLanes(_PlatformLanes):
 class TwinLanes(_PlatformLanes):
     """Lanes of one task in the official environment's twin."""
 
+    env: TwinEnv
+
     def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
         super().__init__(task, TwinEnv(task, num_lanes, num_threads))
 
