@@ -11,7 +11,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run check fix test drills scene score check-pins clean
+.PHONY: setup run check fix test drills scene score check-pins bundle-check bundle-yaml clean
 
 setup: $(READY)
 
@@ -54,10 +54,16 @@ score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --only goalie:0
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --episodes 20 --start-noise 0.02
 
-# The same pins for the cloud runtime's Python 3.12: everything resolves to wheels but moviepy, pure Python.
+# The same pins for the cloud runtime's Python 3.12: all resolves to wheels, and a node with a GPU gets one CUDA.
 check-pins: setup
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \
-		--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary moviepy --no-header --no-annotate
+	$(BIN)/python -m cloud.pins
+
+# The bundle for Databricks, as far as it can be checked without a workspace.
+bundle-check: setup
+	$(BIN)/python -m cloud.check
+
+bundle-yaml: setup
+	$(BIN)/python -m cloud.check --write
 
 clean:
 	rm -rf $(VENV) runs
