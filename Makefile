@@ -11,7 +11,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run check fix test drills scene score check-pins bundle-check bundle-yaml clean
+.PHONY: setup run check fix test drills scene score check-pins bundle-check bundle-yaml gpu-check clean
 
 setup: $(READY)
 
@@ -64,6 +64,10 @@ bundle-check: setup
 
 bundle-yaml: setup
 	$(BIN)/python -m cloud.check --write
+
+# The first ten minutes on a GPU; without one, the same on the CPU. What a run costs: cloud/gpu_check.py --estimate.
+gpu-check: setup
+	$(BIN)/python cloud/gpu_check.py --out runs/gpu_check
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,4 +1,4 @@
-"""The bundle in typed Python: five jobs, a pipeline of them, and what they need in Unity Catalog.
+"""The bundle in typed Python: five jobs, a pipeline of them, the check of a GPU, and what they need in Unity Catalog.
 
     databricks bundle deploy -t dev --var notify_email=...      (databricks.yml names `load_resources`)
     make bundle-check                                           everything that can be told without a workspace
@@ -81,6 +81,7 @@ FIVE = {
         Step("submit", "cpu", 2, "submit.py --checkpoint finetuned --out submission"),  # a dry run: no --yes
     ],
 }
+GPU_CHECK = [Step("gpu_check", "gpu", 1, "cloud/gpu_check.py --out gpu_check")]
 
 
 @variables
@@ -206,4 +207,5 @@ def load_resources(bundle: Bundle) -> Resources:
     for number, (name, steps) in enumerate(FIVE.items(), 1):
         resources.add_resource(name, job(f"{number} {name}", steps))
     resources.add_resource("pipeline", pipeline())
+    resources.add_resource("gpu_check", job("gpu check", GPU_CHECK))
     return resources
