@@ -5,7 +5,7 @@
 
 Output: `<out>/gpu_check.json` and `<out>/gpu_check.md`, expected beside measured; status 1 if something that must hold
 does not. It trains as a user does, by train_mjx_sac.py, for a few calls of its loop, with SIGKILL in between. Without a
-GPU it does the same on the CPU with eight lanes: its speed and memory then say nothing.
+GPU it does the same on the CPU with four lanes: its speed and memory then say nothing.
 
 `--estimate` says before a run what it takes: steps of the preset, steps/s of the check (or that there is none), hours,
 price and when it would end.
@@ -35,9 +35,9 @@ from booster_soccer.errors import UserError
 from booster_soccer.store.manifests import MANIFEST
 
 CALL = 20  # actions of all lanes in one call of the loop: collect.MjxLoop.ITERATIONS_PER_CALL
-CALLS, LEARN_FROM = 16, 3  # calls of the whole run, and those before the first update
-KILL_AFTER = 6  # calls
-CPU_LANES = 8  # MJX on a CPU hangs with many (facts of XLA's thread pool)
+CALLS, LEARN_FROM = 10, 2  # calls of the whole run, and those before the first update
+KILL_AFTER = 4  # calls
+CPU_LANES = 4  # MJX on a CPU can hang with many
 MEMORY_LIMIT_GB = 18.0  # three quarters of an L4
 _POLL_S = 0.2
 _LIMIT_S = 1800.0  # of one start: something hangs
