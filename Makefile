@@ -14,7 +14,7 @@ HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
 
-.PHONY: setup run resume check fix test drills scene picture score check-pins clean
+.PHONY: setup run resume check fix test drills scene picture score check-pins bundle-check bundle-yaml gpu-check clean
 
 setup: $(READY)
 
@@ -58,6 +58,9 @@ drills: setup
 	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py
 	$(BIN)/python -m tests.long.kill_resume
 	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
+	$(BIN)/python -m tests.long.cloud_jobs
+	$(BIN)/python -m tests.long.notebook
+	$(BIN)/python -m tests.long.tuning
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
@@ -75,10 +78,20 @@ score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --only goalie:0
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --episodes 20 --start-noise 0.02
 
-# The same pins for the cloud runtime's Python 3.12: everything resolves to wheels but moviepy, pure Python.
+# The same pins for the cloud runtime's Python 3.12: all resolves to wheels, and a node with a GPU gets one CUDA.
 check-pins: setup
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \
-		--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary moviepy --no-header --no-annotate
+	$(BIN)/python -m cloud.pins
+
+# The bundle for Databricks, as far as it can be checked without a workspace.
+bundle-check: setup
+	$(BIN)/python -m cloud.check
+
+bundle-yaml: setup
+	$(BIN)/python -m cloud.check --write
+
+# The first ten minutes on a GPU; without one, the same on the CPU. What a run costs: cloud/gpu_check.py --estimate.
+gpu-check: setup
+	$(BIN)/python cloud/gpu_check.py --out runs/gpu_check
 
 clean:
 	@if test -d $(VENV) && ! test -e $(VENV)/pyvenv.cfg; then \

@@ -42,7 +42,7 @@ from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded, owned
 from booster_soccer.store.manifests import finite
-from booster_soccer.store.signals import StopSignal, as_launcher
+from booster_soccer.store.signals import StopSignal, as_launcher, end
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
@@ -52,7 +52,6 @@ EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
 _POLL_S = 0.1
-_PATIENCE_S = 9.5  # for a stage after SIGTERM: it ends itself before
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,6 @@ def run_script(stage: str, command: list[str]) -> None:
             f"stage '{stage}' failed: {script} ended with status {status}, its message is above; once its "
             "cause is removed, the same command with --resume goes on from here"
         )
-
-
-def end(process: subprocess.Popen) -> None:
-    """Pass SIGTERM on, and wait until the process has saved and ended; SIGKILL if it does not."""
-    process.terminate()
-    try:
-        process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 # --- the results ----------------------------------------------------------------------------------------

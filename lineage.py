@@ -7,6 +7,10 @@ default). Output: one line for each ancestor, the newest first. The ancestors th
 manifest; what MLflow does not know of them is said to be missing there.
 """
 
+from booster_soccer import terminal
+
+terminal.begin(__name__)
+
 from dataclasses import dataclass
 from pathlib import Path
 
