@@ -58,6 +58,8 @@ drills: setup
 	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py
 	$(BIN)/python -m tests.long.kill_resume
 	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
+	$(BIN)/python -m tests.long.two_at_once
+	$(BIN)/python -m tests.long.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
