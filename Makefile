@@ -61,6 +61,8 @@ drills: setup
 	$(BIN)/python -m tests.long.cloud_jobs
 	$(BIN)/python -m tests.long.notebook
 	$(BIN)/python -m tests.long.tuning
+	$(BIN)/python -m tests.long.two_at_once
+	$(BIN)/python -m tests.long.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
