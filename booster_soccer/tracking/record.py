@@ -40,7 +40,7 @@ Tracker = Literal["wandb", "mlflow", "none"]
 VARIABLE = "BOOSTER_TRACK"  # changes the default of --track, for a machine where the trackers are never wanted
 PARENT_VARIABLE = "BOOSTER_PARENT_RUN"  # the place of the run that a stage is a part of: the chain's
 _ROOT = Path(__file__).resolve().parents[2]
-_PATIENCE_S = 60.0  # for trackers at the end of a stage; those that know that they are broken end at once
+_PATIENCE_S = 120.0  # for trackers at the end of a stage; those that know that they are broken end at once
 _PATIENCE_STOPPED_S = 2.0  # after SIGTERM, with ten seconds for everything
 
 
