@@ -11,7 +11,7 @@ PRESET ?= demo
 RUN ?= runs/$(PRESET)
 export MUJOCO_GL ?= disable
 
-.PHONY: setup run check fix test drills scene score check-pins bundle-check bundle-yaml gpu-check clean
+.PHONY: setup run check fix test drills scene score check-pins clean
 
 setup: $(READY)
 
@@ -60,6 +60,8 @@ score: setup
 # The same pins for the cloud runtime's Python 3.12: all resolves to wheels, and a node with a GPU gets one CUDA.
 check-pins: setup
 	$(BIN)/python -m cloud.pins
+
+.PHONY: bundle-check bundle-yaml gpu-check
 
 # The bundle for Databricks, as far as it can be checked without a workspace.
 bundle-check: setup
