@@ -14,7 +14,7 @@ HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
 
-.PHONY: setup run resume check fix test drills scene picture score check-pins bundle-check bundle-yaml gpu-check clean
+.PHONY: setup run resume check fix test drills scene picture score check-pins clean
 
 setup: $(READY)
 
@@ -84,6 +84,8 @@ score: setup
 # The same pins for the cloud runtime's Python 3.12: all resolves to wheels, and a node with a GPU gets one CUDA.
 check-pins: setup
 	$(BIN)/python -m cloud.pins
+
+.PHONY: bundle-check bundle-yaml gpu-check
 
 # The bundle for Databricks, as far as it can be checked without a workspace.
 bundle-check: setup

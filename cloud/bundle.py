@@ -1,4 +1,4 @@
-"""The bundle in typed Python: five jobs, a pipeline of them, the check of a GPU, and what they need in Unity Catalog.
+"""The bundle in typed Python: five jobs, their pipeline, check of a GPU, tuning, and what they need in Unity Catalog.
 
     databricks bundle deploy -t dev --var notify_email=...      (databricks.yml names `load_resources`)
     make bundle-check                                           everything that can be told without a workspace
@@ -47,6 +47,7 @@ _CATALOG = "${resources.catalogs.booster_soccer.name}"
 _RL_MODELS = "${resources.schemas.rl_models.name}"
 _VOLUMES = f"/Volumes/{_CATALOG}/{_RL_MODELS}"
 CHECKPOINTS = f"{_VOLUMES}/${{resources.volumes.checkpoints.name}}"
+RUNS_TABLE = f"{_CATALOG}.${{resources.schemas.experiments.name}}.runs"
 ARTIFACTS = f"{_VOLUMES}/${{resources.volumes.artifacts.name}}"
 
 
@@ -82,6 +83,9 @@ FIVE = {
     ],
 }
 GPU_CHECK = [Step("gpu_check", "gpu", 1, "cloud/gpu_check.py --out gpu_check")]
+_TUNE = f"tune_sac.py {PRESET} --out tune --trials 40 --total-steps 5000000 --report-every 500000"
+TUNE = [Step("tune", "gpu", 24, _TUNE)]
+WORKERS = 8  # of a study, at most, each with a `run` of its own
 
 
 @variables
@@ -122,7 +126,7 @@ def task(step: Step, after: str | None) -> Task:
     parameters: list[VariableOr[str]] = [
         *("--code", _CODE, "--commit", "${bundle.git.commit}", "--torch", str(Variables.torch)),
         *("--run", "{{job.parameters.run}}", "--environment", step.environment or step.node),
-        *("--checkpoints", CHECKPOINTS, "--artifacts", ARTIFACTS),
+        *("--checkpoints", CHECKPOINTS, "--artifacts", ARTIFACTS, "--runs-table", RUNS_TABLE),
         *(f"--options={{{{job.parameters.{step.key}_options}}}}", "--", *shlex.split(step.command)),
     ]
     return Task(
@@ -147,14 +151,15 @@ def parameters(steps: list[Step]) -> dict[str, str]:
     return {"run": "l4"} | preset | {f"{step.key}_options": "" for step in steps}
 
 
-def job(title: str, steps: list[Step]) -> Job:
-    """The steps one after the other, on one node of each kind that they need."""
+def job(title: str, steps: list[Step], runs: int = 1) -> Job:
+    """The steps one after the other, on one node of each kind that they need; at most `runs` of it at once."""
     keys = [None, *(step.key for step in steps)]
     return _job(
         title,
         [task(step, after) for step, after in zip(steps, keys)],
         parameters(steps),
         [cluster(kind) for kind in sorted({step.node for step in steps})],
+        runs,
     )
 
 
@@ -167,16 +172,16 @@ def pipeline() -> Job:
             job_parameters={parameter: f"{{{{job.parameters.{parameter}}}}}" for parameter in parameters(steps)},
         )
         tasks.append(Task(task_key=name, run_job_task=run, depends_on=_after(before)))
-    return _job("pipeline", tasks, parameters(sum(FIVE.values(), [])), [])
+    return _job("pipeline", tasks, parameters(sum(FIVE.values(), [])), [], 1)
 
 
-def _job(title: str, tasks: list, parameters: dict[str, str], clusters: list) -> Job:
+def _job(title: str, tasks: list, parameters: dict[str, str], clusters: list, runs: int) -> Job:
     return Job(
         name=f"booster_soccer {title}",
         job_clusters=clusters,
         tasks=tasks,
         parameters=[JobParameterDefinition(name=name, default=default) for name, default in parameters.items()],
-        max_concurrent_runs=1,  # two tasks at once would write the same run
+        max_concurrent_runs=runs,
         email_notifications=JobEmailNotifications(on_failure=[Variables.notify_email]),
     )
 
@@ -209,4 +214,5 @@ def load_resources(bundle: Bundle) -> Resources:
         resources.add_resource(name, job(f"{number} {name}", steps))
     resources.add_resource("pipeline", pipeline())
     resources.add_resource("gpu_check", job("gpu check", GPU_CHECK))
+    resources.add_resource("tune", job("tune", TUNE, WORKERS))
     return resources

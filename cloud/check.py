@@ -132,11 +132,11 @@ def _task(entry: dict[str, Any], job: dict[str, Any], jobs: dict[str, Any], vari
 def command(
     entry: dict[str, Any], references: dict[str, str], parameters: dict[str, str], variables: dict[str, Any]
 ) -> list[str]:
-    """File and options of a task, with what the platform fills in; what is not given becomes `-`."""
-    known = {f"var.{name}": str(value.get("default", "-")) for name, value in variables.items()} | references
+    """File and options of a task, with what the platform fills in; what is not given becomes `x`."""
+    known = {f"var.{name}": str(value.get("default", "x")) for name, value in variables.items()} | references
 
     def filled(text: str) -> str:
-        text = re.sub(r"\$\{([^}]*)\}", lambda match: known.get(match[1], "-"), text)
+        text = re.sub(r"\$\{([^}]*)\}", lambda match: known.get(match[1], "x"), text)
         return re.sub(r"\{\{job\.parameters\.([^}]*)\}\}", lambda match: parameters[match[1]], text)
 
     python_task = entry["spark_python_task"]

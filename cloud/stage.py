@@ -18,10 +18,11 @@ from typing import IO
 from cloud import environment
 from cloud.volume import Mirror, VolumeError, publish
 
-EXTRAS = {"cpu": "", "gpu": "gpu"}  # of pyproject.toml, by the bundle's name of an environment
+EXTRAS = {"cpu": "", "gpu": "gpu,tune"}  # of pyproject.toml, by the bundle's name of an environment
 _PATIENCE_S = 9.5  # after SIGTERM a stage saves its state and ends itself before
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_ROWS = ".runs_table"  # of this run alone, a Delta table in its directory
 _NOT_CODE = (".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache")
 
 
@@ -42,8 +43,12 @@ def run(args: argparse.Namespace) -> int:
             compiled.restore()
         script, *options = args.stage
         command = [str(environment.python(venv)), str(code / script), *options, *args.options]
-        status = _run_saving(command, _variables(compiled.local, args.commit), of_run, args.sync_s, lock)
+        rows = of_run.local / _ROWS
+        variables = _variables(compiled.local, args.commit) | {"BOOSTER_RUNS_TABLE": str(rows)}
+        status = _run_saving(command, variables, of_run, args.sync_s, lock)
         _try(compiled.save)
+        if args.runs_table and rows.is_dir():
+            _to_catalog(rows, args.runs_table)
         if status == 0:
             publish(of_run.local, args.artifacts / "runs" / args.run)
     return status
@@ -93,6 +98,20 @@ def _credentials() -> dict[str, str]:
     except Exception as error:  # whatever it is, training goes on without
         print(f"warning: no access to the workspace's MLflow ({type(error).__name__})", flush=True)
         return {}
+
+
+def _to_catalog(rows: Path, table: str) -> None:
+    """The run's own rows into the table of Unity Catalog, which only Spark may write; a row that is there stays one."""
+    try:
+        from pyspark.sql import SparkSession
+
+        spark = SparkSession.builder.getOrCreate()
+        spark.read.format("delta").load(rows.as_uri()).createOrReplaceTempView("rows_of_run")
+        spark.sql(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM rows_of_run WHERE false")
+        same = " AND ".join(f"there.{column} = new.{column}" for column in ("run", "stage", "time_utc"))
+        spark.sql(f"MERGE INTO {table} there USING rows_of_run new ON {same} WHEN NOT MATCHED THEN INSERT *")
+    except Exception as error:  # whatever it is: the rows stay with the run, and the next task brings them
+        print(f"warning: {table} has no rows of this task yet: {str(error)[:200]}", file=sys.stderr, flush=True)
 
 
 def _run_saving(command: list[str], variables: dict[str, str], mirror: Mirror, every_s: float, lock: IO) -> int:

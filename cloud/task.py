@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--artifacts", type=Path, required=True, help="volume of results and environments")
     options.add_argument("--options", type=shlex.split, default=[], help="more options of the stage, in one word")
     options.add_argument("--commit", default="", help="of the code, for the checkpoints' manifests")
+    options.add_argument("--runs-table", default="", help="of Unity Catalog: catalog.schema.table")
     options.add_argument("--local", type=Path, default=Path("/local_disk0/booster_soccer"), help="on the local disk")
     options.add_argument("--sync-s", type=float, default=180.0, help="seconds between two saves to the volume")
     options.add_argument("stage", nargs="+", help="script and its options")

@@ -132,6 +132,8 @@ def test_clusters_are_preemptible_single_nodes_and_tasks_are_tried_again(resourc
                 assert entry["max_retries"] == 2 and entry["retry_on_timeout"] and entry["timeout_seconds"] > 0
     for long in ("pretrain", "finetune"):
         assert "--resume" in words(resources, long)
+    # Two tasks at once would write the same run; workers of a study have one each.
+    assert [name for name, job in resources["jobs"].items() if job["max_concurrent_runs"] != 1] == ["tune"]
 
 
 def test_catalog_schemas_volumes_and_models_have_their_names(resources):

@@ -1,6 +1,7 @@
 """A task on a cluster: its stage runs in the project's environment, on a directory that comes from the volume."""
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -9,10 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cloud import environment
+from cloud import environment, stage
 
 ROOT = Path(__file__).resolve().parents[1]
 # A stage that counts to nine in a file, one state after the other.
@@ -63,23 +65,31 @@ def start(cluster: Path, node: str, *stage: str, options: str = "", sync_s: floa
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
 
-def wait_for_snapshot(cluster: Path, node: str) -> None:
-    """Until the waiting stage's state, and nothing newer, is on the volume."""
-    for _ in range(1500):
-        snapshots = sorted((cluster / "volume" / "checkpoints" / "r1" / "snapshots").glob("*.json"))
-        if snapshots and (cluster / node / "runs" / "r1" / "state.resume" / "state.json").read_text() == "5":
-            marker = cluster / node / "runs" / "r1.snapshot"
-            newest = json.loads(snapshots[-1].read_text())["files"] if marker.exists() else {}
-            digests = {name: digest for name, (digest, _) in newest.items()}
-            blob = cluster / "volume" / "checkpoints" / "r1" / "files" / digests.get("state.resume/state.json", "-")
-            if blob.exists() and blob.read_text() == "5":
+def wait_for_state(process: subprocess.Popen, cluster: Path) -> None:
+    """Until the waiting stage's state is on the local disk."""
+    state = cluster / "node" / "runs" / "r1" / "state.resume" / "state.json"
+    while not (state.exists() and state.read_text() == "5"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def wait_for_snapshot(process: subprocess.Popen, cluster: Path) -> None:
+    """Until the waiting stage's state is on the volume."""
+    place = cluster / "volume" / "checkpoints" / "r1"
+    while process.poll() is None:
+        with contextlib.suppress(
+            FileNotFoundError, ValueError, KeyError, IndexError
+        ):  # not there yet, or being written
+            newest = json.loads(sorted((place / "snapshots").glob("*.json"))[-1].read_text())
+            digest, _ = newest["files"]["state.resume/state.json"]
+            if (place / "files" / digest).read_text() == "5":
                 return
         time.sleep(0.02)
-    raise AssertionError("the state never came to the volume")
+    raise AssertionError(f"the state never came to the volume: {process.communicate()[0]}")
 
 
 def test_a_stage_runs_in_its_environment_on_its_directory_and_leaves_its_results(cluster):
@@ -96,7 +106,7 @@ def test_a_stage_runs_in_its_environment_on_its_directory_and_leaves_its_results
 
 def test_after_the_machine_is_gone_another_goes_on_from_the_volume(cluster):
     process = start(cluster, "node", "--wait")
-    wait_for_snapshot(cluster, "node")
+    wait_for_snapshot(process, cluster)
     process.kill()
     process.communicate()
     shutil.rmtree(cluster / "node" / "runs")  # also ends the stage's wait, should SIGTERM not have reached it
@@ -109,9 +119,7 @@ def test_after_the_machine_is_gone_another_goes_on_from_the_volume(cluster):
 
 def test_a_retry_on_the_same_machine_waits_for_what_the_killed_task_left(cluster):
     process = start(cluster, "node", "--wait", sync_s=600)
-    state = cluster / "node" / "runs" / "r1" / "state.resume" / "state.json"
-    while not (state.exists() and state.read_text() == "5"):
-        time.sleep(0.02)
+    wait_for_state(process, cluster)
     process.kill()  # its stage gets SIGTERM from the kernel
     process.communicate()
     status, output = finish(start(cluster, "node"))
@@ -122,9 +130,7 @@ def test_a_retry_on_the_same_machine_waits_for_what_the_killed_task_left(cluster
 
 def test_sigterm_is_passed_on_and_the_last_state_comes_to_the_volume(cluster):
     process = start(cluster, "node", "--wait", sync_s=600)
-    state = cluster / "node" / "runs" / "r1" / "state.resume" / "state.json"
-    while not (state.exists() and state.read_text() == "5"):
-        time.sleep(0.02)
+    wait_for_state(process, cluster)
     process.send_signal(signal.SIGTERM)
     status, output = finish(process)
     assert status == 128 + signal.SIGTERM, output
@@ -138,6 +144,24 @@ def test_a_failed_stage_fails_its_task_and_publishes_nothing(cluster):
     assert status == 3 and "Traceback" not in output
     assert not (cluster / "volume" / "artifacts" / "runs").exists()
     assert (cluster / "volume" / "checkpoints" / "r1" / "snapshots").is_dir()
+
+
+def test_rows_of_a_run_are_merged_into_the_catalogs_table_by_spark(tmp_path, monkeypatch, capsys):
+    """A stand-in for Spark notes what it is told."""
+    said: list[str] = []
+    frame = SimpleNamespace(createOrReplaceTempView=lambda name: said.append(f"view {name}"))
+    reader = SimpleNamespace(load=lambda place: (said.append(f"load {place}"), frame)[1])
+    session = SimpleNamespace(read=SimpleNamespace(format=lambda kind: (said.append(kind), reader)[1]), sql=said.append)
+    builder = SimpleNamespace(builder=SimpleNamespace(getOrCreate=lambda: session))
+    monkeypatch.setitem(sys.modules, "pyspark", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "pyspark.sql", SimpleNamespace(SparkSession=builder))
+    stage._to_catalog(tmp_path, "a.b.runs")
+    assert said[:3] == ["delta", f"load {tmp_path.as_uri()}", "view rows_of_run"]
+    assert said[3].startswith("CREATE TABLE IF NOT EXISTS a.b.runs AS SELECT * FROM rows_of_run")
+    assert said[4].startswith("MERGE INTO a.b.runs there USING rows_of_run new ON there.run = new.run AND ")
+    monkeypatch.setattr(session, "sql", lambda text: 1 / 0)
+    stage._to_catalog(tmp_path, "a.b.runs")  # training is not worth less for it
+    assert "a.b.runs has no rows of this task yet" in capsys.readouterr().err
 
 
 def test_a_run_is_a_name_and_no_path():
@@ -155,4 +179,4 @@ def test_what_runs_in_the_runtimes_python_needs_nothing_of_ours(module):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").split(".")[0])
-    assert names - set(sys.stdlib_module_names) <= {"cloud", "databricks"}
+    assert names - set(sys.stdlib_module_names) <= {"cloud", "databricks", "pyspark"}  # the latter two are its own

@@ -100,7 +100,7 @@ def test_of_two_workers_one_is_killed_and_no_trial_is_lost_or_run_twice(tmp_path
     first.communicate()
     third = worker(tmp_path, script, 6, PAUSE_S="0.02")
     for process in (second, third):
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     trials = tune_sac.open_study(config(tmp_path)).get_trials()
     assert [trial.number for trial in trials] == list(range(6))
@@ -123,10 +123,10 @@ def test_sigterm_ends_a_worker_and_its_trial_goes_on(tmp_path, script):
     while len(numbers(steps)) < 5:
         time.sleep(0.01)
     process.terminate()
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 143 and "the same command goes on with it" in output
     assert tune_sac.open_study(config(tmp_path)).get_trials()[0].state == TrialState.RUNNING
-    output, _ = worker(tmp_path, script, 1).communicate(timeout=30)
+    output, _ = worker(tmp_path, script, 1).communicate(timeout=600)
     [trial] = tune_sac.open_study(config(tmp_path)).get_trials()
     assert trial.state == TrialState.COMPLETE and numbers(steps.with_name("starts"))[1] >= 4
     assert list(trial.intermediate_values) == [10, 20, 30, 40]
