@@ -142,7 +142,7 @@ class FilmedLane(TwinLanes):
 
     def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         ends = super().hold(action)
-        raw = {name: values[0] for name, values in self._raw_terms.items()}
+        raw = {name: values[0] for name, values in self.raw_terms.items()}
         self.moments.append(self._moment(score_terms(self.tasks[0], raw)))
         return ends
 
