@@ -52,11 +52,13 @@ from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, gain, judge
 from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import STOPPED, Stopped, StopSignal
 from booster_soccer.tracking import stage_pages
+from booster_soccer.tracking.video import Films
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -102,7 +104,7 @@ _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
 _L4 = replace(
     _CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=5_000_000, num_lanes=96, warmup_steps=30_000,
     warmup_updates=10_000, updates_per_round=4, batch_size=1024, buffer_size=1_000_000, confirmation_episodes=100,
-    records=RecordConfig(log_every=50_000, judge_every=250_000),
+    records=RecordConfig(log_every=50_000, judge_every=250_000, video_every_s=600.0),
 )  # fmt: skip
 PRESETS = {
     "demo": replace(
@@ -181,6 +183,7 @@ class Finetuning:
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
         self.loss = torch.zeros(())
+        self.films = Films(beside(config.out, "videos"), config.records.video_every_s)
 
     # --- one iteration ----------------------------------------------------------------------------------
 
@@ -314,6 +317,7 @@ class Finetuning:
         )
         if scores.mean > self.run.kept.get("best", self.start).scores.mean():
             self.keep("best", arrays, scores)
+        self.films.take(policy_from_arrays(arrays), self.run.steps, episode_seed(self.config.seed, _VALIDATION, 0))
         return scores.numbers("eval") | {"eval/gain": mean}
 
     def choose(self) -> tuple[dict[str, np.ndarray], dict]:
