@@ -39,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from booster_soccer import errors
-from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, random_arrays, trainable_layers
+from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, one_thread, random_arrays, trainable_layers
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.cli import parse
@@ -54,6 +54,7 @@ from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, gain, judge
 from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
@@ -61,6 +62,7 @@ from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_tra
 from booster_soccer.store.signals import Stopped, StopSignal
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
+from booster_soccer.tracking.video import Films
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -107,7 +109,7 @@ _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
 _L4 = replace(
     _CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=5_000_000, num_lanes=96, warmup_steps=30_000,
     warmup_updates=10_000, updates_per_round=4, batch_size=1024, buffer_size=1_000_000, confirmation_episodes=100,
-    records=RecordConfig(log_every=50_000, judge_every=250_000),
+    records=RecordConfig(log_every=50_000, judge_every=250_000, video_every_s=600.0),
 )  # fmt: skip
 PRESETS = {
     "demo": replace(
@@ -188,6 +190,7 @@ class Finetuning:
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
         self.loss = torch.zeros((), device="cpu")
+        self.films = Films(beside(config.out, "videos"), config.records.video_every_s)
 
     # --- one iteration ----------------------------------------------------------------------------------
 
@@ -321,6 +324,7 @@ class Finetuning:
         )
         if scores.mean > self.run.kept.get("best", self.start).scores.mean():
             self.keep("best", arrays, scores)
+        self.films.take(policy_from_arrays(arrays), self.run.steps, episode_seed(self.config.seed, _VALIDATION, 0))
         return scores.numbers("eval") | {"eval/gain": mean}
 
     def choose(self) -> tuple[dict[str, np.ndarray], dict]:
@@ -397,17 +401,6 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what} does not fit these networks ({message}): use the code that wrote it") from error
 
 
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The lanes' processes need the cores; networks of this size gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @guarded("out")
 def main(config: Config) -> Path:
     """Fine-tune; returns the output directory."""
@@ -421,14 +414,14 @@ def main(config: Config) -> Path:
     goes_on = run.goes_on(config.resume)
     lane_seed = episode_seed(config.seed, _TRAINING)
     lanes = WorkerLanes(config.backend, config.num_lanes, lane_seed, config.start_noise, config.weights)
-    with StopSignal() as stop, lanes, _one_torch_thread():
+    with StopSignal() as stop, lanes, one_thread():
         stage = Finetuning(config, run, lanes, parent)
         try:
             if goes_on:
                 run.restore(stage)
                 print(f"resuming at step {run.steps:,}", flush=True)
             with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
-                run.watch = recorder.at
+                run.watch, stage.films.taken = recorder.at, recorder.artifact
                 if not goes_on:
                     with stop.interrupting():
                         stage.warm_up()

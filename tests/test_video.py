@@ -10,6 +10,7 @@ import evaluate
 from booster_soccer.errors import UserError
 from booster_soccer.rollout.lanes import TwinLanes
 from booster_soccer.rollout.play import Episode, play
+from booster_soccer.store.signals import Stopped
 from booster_soccer.tracking import video
 
 
@@ -106,3 +107,44 @@ def test_a_name_that_is_no_video_and_a_file_that_is_there_are_refused(tmp_path):
     (tmp_path / "mine.mp4").write_text("mine")
     with pytest.raises(UserError, match="mine.mp4 exists and is not overwritten"):
         evaluate.main(evaluate.Config(policy="zero", video=tmp_path / "mine.mp4"))
+
+
+# --- while a policy is trained ------------------------------------------------------------------------------
+
+
+def test_films_keep_their_interval_and_never_end_a_training(tmp_path, monkeypatch, capsys):
+    clock, written, seen = [100.0], [], []
+
+    def write(file, policy, episodes, start_noise_rad, title):
+        if policy == "broken":
+            raise RuntimeError("it\nbroke")
+        written.append((file.name, [episode.task for episode in episodes], title))
+
+    monkeypatch.setattr(video, "write", write)
+    monkeypatch.setattr(video.time, "monotonic", lambda: clock[0])
+    films = video.Films(tmp_path, 60.0)
+    films.taken = seen.append
+    for seconds, steps in ((0.0, 1000), (59.0, 2000), (1.0, 3000), (60.0, 4000)):
+        clock[0] += seconds
+        films.take(None, steps, 7)
+    assert written == [
+        (f"{steps:012d}.mp4", ["goalie", "obstacle", "target"], f"step {steps:,}") for steps in (1000, 3000, 4000)
+    ]
+    assert seen == [tmp_path / name for name, *_ in written]
+    clock[0] += 60.0
+    films.take("broken", 5000, 7)
+    clock[0] += 60.0
+    films.take(None, 6000, 7)
+    assert len(written) == 3  # not tried again
+    assert capsys.readouterr().err == "warning: no video of step 5,000: it broke\n"
+    video.Films(tmp_path, 0.0).take(None, 1, 7)
+    assert len(written) == 3
+
+
+def test_sigterm_is_not_taken_for_a_failed_film(tmp_path, monkeypatch):
+    def write(*_):
+        raise Stopped
+
+    monkeypatch.setattr(video, "write", write)
+    with pytest.raises(Stopped):
+        video.Films(tmp_path, 60.0).take(None, 1, 7)

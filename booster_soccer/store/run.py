@@ -43,6 +43,7 @@ class RecordConfig:
     judge_every: int = 500_000  # steps
     checkpoint_every: int = 200_000  # steps between saved states ...
     checkpoint_interval_s: float = 120.0  # ... and the least time between them
+    video_every_s: float = 0.0  # least time between videos of the judged policy, <out>.videos/<steps>.mp4; 0: none
     # Leave the last saved state there at the end: once `out` is moved away, `--resume` goes on with more steps.
     keep_state: bool = False
 

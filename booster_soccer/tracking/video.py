@@ -9,10 +9,12 @@ processes of their own, and nothing else needs any OpenGL.
 """
 
 import functools
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError, one_line
 from booster_soccer.rewards.official import score_terms
+from booster_soccer.rollout.judge import START_NOISE_RAD
 from booster_soccer.rollout.lanes import TwinLanes
 from booster_soccer.rollout.play import Episode, EpisodeResult, Policy, play
 from booster_soccer.rollout.processes import Workers
@@ -108,6 +111,33 @@ def check_name(file: Path) -> None:
         raise UserError(f"{file} is no name of a video: let it end in one of {', '.join(SUFFIXES)}")
 
 
+class Films:
+    """Videos of a policy while it is trained, at most one in an interval; if one fails, training goes on.
+
+    They are `<directory>/<steps>.mp4`. Training waits meanwhile: a minute or more without a GPU (measured).
+    """
+
+    def __init__(self, directory: Path, every_s: float):
+        """`every_s` is the interval; 0: no videos."""
+        self.taken: Callable[[Path], None] = lambda file: None  # called with each new file
+        self._directory, self._every_s, self._last_s = directory, every_s, -math.inf
+
+    def take(self, policy: Policy, steps: int, seed: int) -> None:
+        """Film one episode of each task, all from one seed, if it is time."""
+        now_s = time.monotonic()
+        if self._every_s <= 0.0 or now_s - self._last_s < self._every_s:
+            return
+        self._last_s = now_s
+        file = self._directory / f"{steps:012d}.mp4"
+        try:
+            write(file, policy, [Episode(task, seed) for task in c.TASKS], START_NOISE_RAD, f"step {steps:,}")
+            self.taken(file)
+        except (UserError, RuntimeError, OSError) as error:
+            print(f"warning: no video of step {steps:,}: {one_line(str(error))}", file=sys.stderr, flush=True)
+            if not isinstance(error, OSError):  # it will not be better next time
+                self._every_s = 0.0
+
+
 def mark_of(file: Path) -> str:
     """The mark of an animated picture."""
     with Image.open(file) as picture:
@@ -142,7 +172,7 @@ class FilmedLane(TwinLanes):
 
     def hold(self, action: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         ends = super().hold(action)
-        raw = {name: values[0] for name, values in self._raw_terms.items()}
+        raw = {name: values[0] for name, values in self.raw_terms.items()}
         self.moments.append(self._moment(score_terms(self.tasks[0], raw)))
         return ends
 
