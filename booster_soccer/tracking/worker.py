@@ -125,8 +125,7 @@ def serve(writer: Writer, place: Path, info: dict[str, Any], messages: queue.Que
             else:
                 _pass_on(writer, message)
         delivery.add(tail.read())
-        if end is None or delivery.error is None:  # at the end one that fails is not waited for
-            delivery.try_now()
+        delivery.try_now()
     try:
         if delivery.error is not None:
             raise delivery.error

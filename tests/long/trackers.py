@@ -94,6 +94,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, how: str):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.how, self.asked = how, 0
+        self.authorizations: set[str | None] = set()
         self.ended = threading.Event()
 
     @property
@@ -106,6 +107,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.server.asked += 1
+        self.server.authorizations.add(self.headers.get("Authorization"))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         how = self.server.how
         if how == "slow":
