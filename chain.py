@@ -190,6 +190,16 @@ def print_results(config: Config, scores: list[dict[str, Any]], seconds: dict[st
     console.print(times)
 
 
+def tracked(config: Config, out: Path, summary: dict[str, Any]) -> Result:
+    """What trackers and the table of runs get to know of a chain, its page among it."""
+    fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
+    means = {task: fine_tuned[task] for task in c.TASKS}
+    judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
+    seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
+    claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
+    return Result(seconds, [out / "summary.json", stage_pages.of_chain(out)], row=judged, claim=claim)
+
+
 @guarded()
 def main(config: Config) -> Path:
     """Run the stages that are not finished; returns the directory of the run."""
@@ -197,14 +207,7 @@ def main(config: Config) -> Path:
         raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
     out = config.out or Path("runs") / config.preset
     with owned(out), Recorder(out, "chain", config, resumed=config.resume, is_parent=True) as recorder:
-        summary = run(config, out)
-        fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
-        means = {task: fine_tuned[task] for task in c.TASKS}
-        judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
-        seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
-        claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
-        files = [out / "summary.json", stage_pages.of_chain(out)]
-        recorder.result(Result(seconds, files, row=judged, claim=claim))
+        recorder.result(tracked(config, out, run(config, out)))
     print(out)
     return out
 

@@ -89,7 +89,7 @@ class Run:
         """Start it in a process group of its own."""
         # Compiled code is kept between the processes: the same code, and a resumed run starts in seconds.
         environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(self.place.resolve() / "compiled"), "MUJOCO_GL": "disable",
+            "JAX_COMPILATION_CACHE_DIR": str(self.place.resolve() / "compiled"), "BOOSTER_TRACK": "none",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }  # fmt: skip
         command = [sys.executable, *STAGES[self.stage], "--out", str(self.out.resolve()), "--resume"]

@@ -28,6 +28,7 @@ import tyro
 import chain
 from booster_soccer import errors, terminal
 from booster_soccer.store import checkpoints
+from booster_soccer.tracking.record import Result
 from tests.long.kill_resume import ROOT, STAGES
 
 _LONGEST_S = 1200.0  # before a fault comes, or a chain is waited for
@@ -82,6 +83,7 @@ def run_chain(out: str, how: str, what: str) -> None:
     chain.EPISODES["demo"], chain.stages = 1, shortest
     if what == "toys":
         chain.SCRIPTS, chain.stages, chain.evaluations = ROOT / "tests", toys, lambda *_: []
+        chain.tracked = lambda *_: Result()  # there is no fine-tuned policy
         (Path(out) / "submission").mkdir(parents=True, exist_ok=True)
         (Path(out) / "submission" / "score.json").write_text('{"mean": 0.0}')
     errors.run(chain.main, chain.Config(out=Path(out), resume=how == "resume"))
@@ -104,7 +106,7 @@ class Attempt:
         program = "import sys; from tests.long import soak; soak.run_chain(*sys.argv[1:])"
         command = ["bash", "-c", f'{before} exec "$@"', "bash", sys.executable, "-c", program, str(self.out), "resume",
                    self.what]  # fmt: skip
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "MUJOCO_GL": "disable",
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "BOOSTER_TRACK": "none",
                     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | compiled | environment, stdout=log, stderr=log,
