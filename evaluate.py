@@ -152,8 +152,8 @@ def main(config: Config) -> dict:
         film(config, subject, config.video)
     if config.json is not None and there is None:
         report.write_json(result, config.json)
-    if config.json is not None and config.only is None and (written := stage_pages.of_evaluation(config.json)):
-        print(written)
+    if config.json is not None and config.only is None:
+        print(*stage_pages.of_evaluation(config.json), sep="\n")
     return result
 
 
