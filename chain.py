@@ -197,7 +197,7 @@ def tracked(config: Config, out: Path, summary: dict[str, Any]) -> Result:
     judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
     seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
     claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
-    return Result(seconds, [out / "summary.json", stage_pages.of_chain(out)], row=judged, claim=claim)
+    return Result(seconds, [out / "summary.json", *stage_pages.of_chain(out)], row=judged, claim=claim)
 
 
 @guarded()

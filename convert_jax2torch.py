@@ -134,7 +134,7 @@ def main(config: Config) -> Path:
     with Recorder(config.out, "converted", config, [checkpoint]) as recorder:
         metrics = convert(config, checkpoint)
         differences = {f"convert/difference_{name}": value for name, value in metrics["max_difference"].items()}
-        files = [config.out, stage_pages.of_conversion(config.out)]
+        files = [config.out, *stage_pages.of_conversion(config.out)]
         recorder.result(Result(differences, files, checkpoints.load(config.out)))
     print(config.out)
     return config.out

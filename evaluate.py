@@ -136,8 +136,8 @@ def write(config: Config, subject: Subject, result: dict) -> list[Path]:
         if not config.json.exists():
             report.write_json(result, config.json)
         files.append(config.json)
-        if config.only is None and (page := stage_pages.of_evaluation(config.json)):
-            files.append(page)
+        if config.only is None:
+            files += stage_pages.of_evaluation(config.json)
     return files
 
 

@@ -431,7 +431,7 @@ def main(config: Config) -> Path:
                     arrays, verdict = stage.choose()
                 path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
                 numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
-                recorder.result(Result(numbers, [path, stage_pages.of_run(path)], checkpoints.load(path)))
+                recorder.result(Result(numbers, [path, *stage_pages.of_run(path)], checkpoints.load(path)))
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"{stop.name}: {where}", flush=True)

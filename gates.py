@@ -406,10 +406,10 @@ def main(config: Config) -> dict[str, Any]:
     with Recorder(config.json, "gates", config, [pretrained, converted]) as recorder:
         checks, measured = measure(config, pretrained, converted)
         report = measured | {"identity": identity, "checkpoints": paths}
-        files: list[Path | None] = []
+        files: list[Path] = []
         if config.json is not None:
             write_json(report, config.json)
-            files = [config.json, stage_pages.of_gates(config.json)]
+            files = [config.json, *stage_pages.of_gates(config.json)]
         failed = {f"gates/failed_{gate}": sum(check.gate == gate and not check.passed for check in checks)
                   for gate in (1, 2, 3)}  # fmt: skip
         recorder.result(Result(failed, files, converted, status="finished" if report["passed"] else "failed"))

@@ -285,7 +285,7 @@ def main(config: Config) -> Path:
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
             path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
             judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
-            files = [path, stage_pages.of_run(path)]
+            files = [path, *stage_pages.of_run(path)]
             recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))
         return path
 

@@ -44,8 +44,8 @@ def standing() -> dict[str, list[dict]]:
     return {task: [row(task, _SEED + i, score=0.5 + i) for i in range(3)] for task in c.TASKS}
 
 
-def written(file: Path | None) -> str:
-    assert file is not None
+def written(files: list[Path]) -> str:
+    [file] = files
     return file.read_text()
 
 
@@ -148,11 +148,11 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     file = tmp_path / "score.json"
     file.write_text(json.dumps(evaluation(standing())))
     (tmp_path / "score.html").write_text("<html>mine</html>")
-    assert stage_pages.of_evaluation(file) is None
+    assert stage_pages.of_evaluation(file) == []
     assert "score.html is there already and no report of ours" in capsys.readouterr().err
     assert (tmp_path / "score.html").read_text() == "<html>mine</html>"
     file.write_text('{"tasks": {}}')  # another program's
-    assert stage_pages.of_evaluation(file) is None
+    assert stage_pages.of_evaluation(file) == []
     warning = capsys.readouterr().err
     assert warning.startswith("warning: the report of") and warning.count("\n") == 1
 

@@ -67,8 +67,7 @@ class Result:
     """What a finished stage leaves, for trackers and the table of runs."""
 
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by the names of docs/metrics.md
-    # Directories and files to keep: checkpoint, submission, report, video; None for one that could not be written.
-    files: Sequence[Path | None] = ()
+    files: Sequence[Path] = ()  # directories and files to keep: checkpoint, submission, report, video
     checkpoint: Checkpoint | None = None  # the stage's result; the models of both learners are registered
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # more columns of the table of runs
     status: str = "finished"  # or failed: a gate
@@ -220,7 +219,7 @@ class Recorder:
             | {
                 "status": status,
                 "numbers": plain(dict(result.numbers)),
-                "files": [str(file.resolve()) for file in result.files if file is not None],
+                "files": [str(file.resolve()) for file in result.files],
                 "checkpoint": None if checkpoint is None else str(checkpoint.path.resolve()),
                 "hash": None if checkpoint is None else checkpoint.hash,
                 "claim": None if result.claim is None else [str(path.resolve()) for path in result.claim],

@@ -27,17 +27,17 @@ from booster_soccer.tracking.report import replay_command, worst_episodes
 _NO_ADVICE = "No rule of the advice applies."
 
 
-def _as_warning(write: Callable[..., Path]) -> Callable[..., Path | None]:
-    """A page that cannot be written ends no stage."""
+def _as_warning(write: Callable[..., Path]) -> Callable[..., list[Path]]:
+    """The page that was written, or none: one that cannot be written ends no stage."""
 
     @wraps(write)
-    def written(*args: Any, **kwargs: Any) -> Path | None:
+    def written(*args: Any, **kwargs: Any) -> list[Path]:
         try:
-            return write(*args, **kwargs)
+            return [write(*args, **kwargs)]
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             message = one_line(f"{type(error).__name__} {error}" if not isinstance(error, UserError) else str(error))
             print(f"warning: the report of {args[0]} is not written: {message[:300]}", file=sys.stderr)
-            return None
+            return []
 
     return written
 
