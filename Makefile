@@ -4,6 +4,7 @@
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
 # make clean  deletes what make made: the environment and the tools' caches; runs/ stays
+# make picture draws docs/figures/play.webp again: the shipped policy on starts that chose nothing; needs an OpenGL
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,9 +13,8 @@ READY := $(VENV)/.ready
 HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
-export MUJOCO_GL ?= disable
 
-.PHONY: setup run resume check fix test drills scene score check-pins clean
+.PHONY: setup run resume check fix test drills scene picture score check-pins clean
 
 setup: $(READY)
 
@@ -53,11 +53,17 @@ fix: setup
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
+drills: export BOOSTER_TRACK = none
 drills: setup
 	$(BIN)/python -m tests.long.fuzz
-	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py
+	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py tests/long/trackers.py
 	$(BIN)/python -m tests.long.kill_resume
 	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
+	$(BIN)/python -m tests.long.cloud_jobs
+	$(BIN)/python -m tests.long.notebook
+	$(BIN)/python -m tests.long.tuning
+	$(BIN)/python -m tests.long.two_at_once
+	$(BIN)/python -m tests.long.soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
@@ -65,14 +71,32 @@ drills: setup
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene
 
+picture: setup
+	rm -f docs/figures/play.webp
+	$(BIN)/python evaluate.py --checkpoint assets/policies/final --backend twin --seed 5201 --start-noise 0.02 \
+		--episodes 1 --video docs/figures/play.webp
+	test -f docs/figures/play.webp
+
 score: setup
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --only goalie:0
 	$(BIN)/python evaluate.py --checkpoint assets/policies/final --episodes 20 --start-noise 0.02
 
-# The same pins for the cloud runtime's Python 3.12: everything resolves to wheels but moviepy, pure Python.
+# The same pins for the cloud runtime's Python 3.12: all resolves to wheels, and a node with a GPU gets one CUDA.
 check-pins: setup
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \
-		--python-platform x86_64-manylinux_2_28 --only-binary :all: --no-binary moviepy --no-header --no-annotate
+	$(BIN)/python -m cloud.pins
+
+.PHONY: bundle-check bundle-yaml gpu-check
+
+# The bundle for Databricks, as far as it can be checked without a workspace.
+bundle-check: setup
+	$(BIN)/python -m cloud.check
+
+bundle-yaml: setup
+	$(BIN)/python -m cloud.check --write
+
+# The first ten minutes on a GPU; without one, the same on the CPU. What a run costs: cloud/gpu_check.py --estimate.
+gpu-check: setup
+	$(BIN)/python cloud/gpu_check.py --out runs/gpu_check
 
 clean:
 	@if test -d $(VENV) && ! test -e $(VENV)/pyvenv.cfg; then \

@@ -9,6 +9,7 @@ Input: nothing. Output: under `--out`
     evaluations                     the official scores, a JSON file for each row of the table
     submission                      the package for the platform; nothing is sent
     summary.json                    settings, seconds of each stage in this call, scores
+    report.html                     scores, verdict and advice in words; links the pages of the stages
 
 Each stage is one of the scripts beside this file, run as a process of its own. The first one that fails stops
 the chain. The same command with `--resume` goes on: every stage knows its own finished output, and its unfinished one.
@@ -41,7 +42,8 @@ from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded, owned
 from booster_soccer.store.manifests import finite
-from booster_soccer.store.signals import StopSignal, as_launcher
+from booster_soccer.store.signals import StopSignal, as_launcher, end
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 SCRIPTS = Path(__file__).parent
@@ -50,7 +52,6 @@ EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
 _POLL_S = 0.1
-_PATIENCE_S = 9.5  # for a stage after SIGTERM: it ends itself before
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,6 @@ def run_script(stage: str, command: list[str]) -> None:
         )
 
 
-def end(process: subprocess.Popen) -> None:
-    """Pass SIGTERM on, and wait until the process has saved and ended; SIGKILL if it does not."""
-    process.terminate()
-    try:
-        process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 # --- the results ----------------------------------------------------------------------------------------
 
 
@@ -199,6 +190,16 @@ def print_results(config: Config, scores: list[dict[str, Any]], seconds: dict[st
     console.print(times)
 
 
+def tracked(config: Config, out: Path, summary: dict[str, Any]) -> Result:
+    """What trackers and the table of runs get to know of a chain, its page among it."""
+    fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
+    means = {task: fine_tuned[task] for task in c.TASKS}
+    judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
+    seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
+    claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
+    return Result(seconds, [out / "summary.json", *stage_pages.of_chain(out)], row=judged, claim=claim)
+
+
 @guarded()
 def main(config: Config) -> Path:
     """Run the stages that are not finished; returns the directory of the run."""
@@ -206,13 +207,7 @@ def main(config: Config) -> Path:
         raise UserError(f"--seed {config.seed}, --pretrain-steps {config.pretrain_steps}: need at least 0 and 1")
     out = config.out or Path("runs") / config.preset
     with owned(out), Recorder(out, "chain", config, resumed=config.resume, is_parent=True) as recorder:
-        summary = run(config, out)
-        fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
-        means = {task: fine_tuned[task] for task in c.TASKS}
-        judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
-        seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
-        claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
-        recorder.result(Result(seconds, [out / "summary.json"], row=judged, claim=claim))
+        recorder.result(tracked(config, out, run(config, out)))
     print(out)
     return out
 

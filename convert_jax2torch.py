@@ -1,6 +1,7 @@
 """Stage 2: pre-trained (JAX) checkpoint to PyTorch: mean policy and critics, the observation normaliser folded in.
 
     python convert_jax2torch.py --checkpoint runs/pretrain --out runs/converted
+    python convert_jax2torch.py --checkpoint runs/finetuned --onnx --out policy.onnx
 
 Input: a "pretrained" checkpoint. Output: a "converted" one with `actor.{input,hidden,output}.{weight,bias}`
 (12 outputs: the means) and `critic.{0,1}.*`, `target_critic.{0,1}.*`, all named like the state dicts of
@@ -9,13 +10,19 @@ deterministic policy needs none, but one out of range means that the means were 
 
 Gate 2's comparison is part of it: JAX and PyTorch compute actions and values of the golden observations, of real ones
 from the official environments, and of drawn ones. Nothing is written if the actions differ by more than 1e-5 computed
-in float64 on both sides, or 1e-4 in float32. A conversion that is there already is recognised.
+in float64 on both sides, or 1e-4 in float32. `<out>.html` is a report of it. A conversion that is there already is
+recognised.
+
+With `--onnx` the policy of a checkpoint of any stage becomes an ONNX file instead, for a robot's computer; ONNX Runtime
+reproduces the golden actions, or nothing is written.
 """
 
 from booster_soccer import terminal
 
 terminal.begin(__name__)
 
+import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +37,17 @@ from rich.console import Console
 from rich.table import Table
 
 from booster_soccer import errors
-from booster_soccer.agents import conversion
+from booster_soccer.agents import conversion, onnx_policy
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.errors import UserError
-from booster_soccer.preprocess.observation import OBS_SIZE
+from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE, TABLE
 from booster_soccer.rollout.play import met_observations
 from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded
-from booster_soccer.store.manifests import MANIFEST
+from booster_soccer.store.manifests import MANIFEST, action_layer
 from booster_soccer.store.places import check_output_dir
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
 _START_NOISE_RAD = 0.02  # so that the deterministic goalie start gives more than one trajectory
@@ -49,8 +58,9 @@ _DRAWS_PER_REAL = 0.5  # drawn observations beside the real ones
 class Config:
     """What to convert."""
 
-    checkpoint: Path  # "pretrained" checkpoint directory
-    out: Path  # new directory for the "converted" checkpoint
+    checkpoint: Path  # "pretrained" checkpoint directory; with --onnx of any stage
+    out: Path  # new directory for the "converted" checkpoint; with --onnx a new file
+    onnx: bool = False  # write the policy as an ONNX file instead
     real_observations: int = 64  # per task, played in the official environments by the policy itself
     seed: int = 0  # of those episodes and of the drawn observations
     tracking: TrackConfig = TrackConfig()
@@ -93,9 +103,27 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     return groups
 
 
+def write_onnx(config: Config) -> Path:
+    """Write the policy as an ONNX file that gives the golden actions; returns the file."""
+    checkpoint = checkpoints.load(config.checkpoint)
+    if os.path.lexists(config.out):
+        raise UserError(f"{config.out} is there already: name a new file for --out, such as policy.onnx")
+    about = {"stage": checkpoint.stage, "checkpoint": checkpoint.hash, "action": json.dumps(action_layer())}
+    about |= {"observation_layout": LAYOUT_HASH, "observation": json.dumps([row._asdict() for row in TABLE])}
+    content = onnx_policy.to_bytes(policy_from_arrays(checkpoint.arrays), about)
+    difference = onnx_policy.check(content, checkpoint.golden_obs, checkpoint.golden_actions)
+    with os_errors(f"write {config.out}", OTHER_PLACE):
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(config.out, content)
+    print(f"golden actions and ONNX Runtime's differ by {difference:.1e} at most\n{config.out}")
+    return config.out
+
+
 @guarded("out")
 def main(config: Config) -> Path:
     """Convert, check, write; returns the output directory."""
+    if config.onnx:
+        return write_onnx(config)
     if config.real_observations < 0 or config.seed < 0:
         raise UserError(f"real_observations ({config.real_observations}) and seed ({config.seed}) must be at least 0")
     checkpoint = checkpoints.load(config.checkpoint, stages=("pretrained",))
@@ -106,7 +134,8 @@ def main(config: Config) -> Path:
     with Recorder(config.out, "converted", config, [checkpoint]) as recorder:
         metrics = convert(config, checkpoint)
         differences = {f"convert/difference_{name}": value for name, value in metrics["max_difference"].items()}
-        recorder.result(Result(differences, [config.out], checkpoints.load(config.out)))
+        files = [config.out, *stage_pages.of_conversion(config.out)]
+        recorder.result(Result(differences, files, checkpoints.load(config.out)))
     print(config.out)
     return config.out
 

@@ -3,12 +3,12 @@
     python finetune_ddpg.py --checkpoint runs/converted --out runs/finetuned [--preset demo|cpu|l4|h200]
     python finetune_ddpg.py --preset scratch --out runs/scratch
 
-Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`.
-Output: a "finetuned" checkpoint; until it is there, `<out>.resume`, from which `--resume`
-goes on after a kill: on a CPU to the very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every
-log line. SIGTERM: the state is saved, and the process ends within 10 s with status 143 (in the warm-up nothing is
-saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers to the bit) or,
-with `--backend official`, by themselves, one process a lane.
+Input: a "converted" checkpoint (or a "finetuned" one, to go on from it), or nothing with the preset `scratch`. Output:
+a "finetuned" checkpoint; until it is there, `<out>.resume`, from which `--resume` goes on after a kill: on a CPU to the
+very bits of a run never killed; `<out>.metrics.jsonl` has the numbers of every log line, and at the end `<out>.html` is
+a report with curves and verdict. SIGTERM: the state is saved, and the process ends within 10 s with status 143 (in the
+warm-up nothing is saved: it begins again). The environments are played by their twin (`envs/twin.py`, the same numbers
+to the bit) or, with `--backend official`, by themselves, one process a lane.
 
 The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a good
 policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy, until
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from booster_soccer import errors
 from booster_soccer.agents import ddpg
-from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, trainable_layers
+from booster_soccer.agents.ddpg import Batch, Ddpg, DdpgConfig, one_thread, trainable_layers
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.cli import parse
@@ -57,12 +57,15 @@ from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.rounds import Round, Statistics, explained_variance
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_training
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
+from booster_soccer.tracking.video import Films
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
 _TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
@@ -101,7 +104,10 @@ class Config:
 
 # Measured times and scores: docs/experiments.md. The GPU presets have not been measured.
 _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
-_L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=6_000_000, num_lanes=384)
+_L4 = replace(
+    _CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=6_000_000, num_lanes=384,
+    records=replace(_CPU.records, video_every_s=600.0),
+)  # fmt: skip
 PRESETS = {
     "demo": replace(
         _CPU, out=Path("runs/demo/finetuned"), preset="demo", total_steps=250_000, num_lanes=96, warmup_rounds=4,
@@ -155,6 +161,7 @@ class Finetuning:
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
         self.loss = 0.0
+        self.films = Films(beside(config.out, "videos"), config.records.video_every_s)
 
     # --- one iteration ----------------------------------------------------------------------------------
 
@@ -316,6 +323,7 @@ class Finetuning:
         )
         if scores.mean > self.run.kept.get("best", self.start).scores.mean():
             self.keep("best", arrays, scores)
+        self.films.take(policy_from_arrays(arrays), self.run.steps, episode_seed(self.config.seed, _VALIDATION, 0))
         return scores.numbers("eval") | {"eval/gain": mean}
 
     def choose(self) -> tuple[dict[str, np.ndarray], dict]:
@@ -392,17 +400,6 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what} does not fit these networks ({message}): use the code that wrote it") from error
 
 
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The lanes' processes need the cores; networks of this size gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @guarded("out")
 def main(config: Config) -> Path:
     """Fine-tune; returns the output directory."""
@@ -416,14 +413,14 @@ def main(config: Config) -> Path:
     goes_on = run.goes_on(config.resume)
     lane_seed = episode_seed(config.seed, _TRAINING)
     lanes = WorkerLanes(config.backend, config.num_lanes, lane_seed, config.start_noise, config.weights)
-    with StopSignal() as stop, lanes, _one_torch_thread():
+    with StopSignal() as stop, lanes, one_thread():
         stage = Finetuning(config, run, lanes, parent)
         try:
             if goes_on:
                 run.restore(stage)
                 print(f"resuming at step {run.steps:,}", flush=True)
             with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
-                run.watch = recorder.at
+                run.watch, stage.films.taken = recorder.at, recorder.artifact
                 if not goes_on:
                     with stop.interrupting():
                         stage.warm_up()
@@ -433,7 +430,7 @@ def main(config: Config) -> Path:
                     arrays, verdict = stage.choose()
                 path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
                 numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
-                recorder.result(Result(numbers, [path], checkpoints.load(path)))
+                recorder.result(Result(numbers, [path, *stage_pages.of_run(path)], checkpoints.load(path)))
         except Stopped:
             where = f"--resume goes on from step {run.last['save']:,}" if run.resume_path.exists() else "start over"
             print(f"{stop.name}: {where}", flush=True)

@@ -3,7 +3,8 @@
     python gates.py --pretrained DIR --converted DIR [--json FILE] [--seed 0] [--backend twin|official]
 
 Input: a "pretrained" checkpoint and the "converted" one made from it. Output: tables, one line on stderr for
-every check that fails, and with `--json` a file that holds all the numbers. Exit status 1 if a check fails.
+every check that fails, and with `--json` a file that holds all the numbers and a page beside it (.html). Exit status 1
+if a check fails.
 
 Gate 1: the observation is the same in JAX, in NumPy and in the class that is submitted, on states of the
 official environments, those of turned and tilted robots too; and turning the robot proves that its
@@ -50,6 +51,7 @@ from booster_soccer.rollout.scores import evaluate, mean_interval
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 from booster_soccer.tracking.report import finished, print_checks, write_json
 
@@ -400,14 +402,16 @@ def main(config: Config) -> dict[str, Any]:
     identity = settings | {"pretrained": pretrained.hash, "converted": converted.hash}
     if there := finished(config.json, identity):
         return there
+    paths = {"pretrained": str(config.pretrained), "converted": str(config.converted)}
     with Recorder(config.json, "gates", config, [pretrained, converted]) as recorder:
         checks, measured = measure(config, pretrained, converted)
-        report = measured | {"identity": identity}
+        report = measured | {"identity": identity, "checkpoints": paths}
+        files: list[Path] = []
         if config.json is not None:
             write_json(report, config.json)
+            files = [config.json, *stage_pages.of_gates(config.json)]
         failed = {f"gates/failed_{gate}": sum(check.gate == gate and not check.passed for check in checks)
                   for gate in (1, 2, 3)}  # fmt: skip
-        files = [] if config.json is None else [config.json]
         recorder.result(Result(failed, files, converted, status="finished" if report["passed"] else "failed"))
     print_checks(checks)
     if config.json is not None:

@@ -1,11 +1,15 @@
 """Where a submission or a checkpoint came from, back to pre-training: runs, registered versions and aliases.
 
-    python registry.py --of runs/demo/submission
+    python lineage.py --of runs/demo/submission
 
 Input: a submission's or a checkpoint's directory, and MLflow's store (MLFLOW_TRACKING_URI; `runs/mlflow.db` by
 default). Output: one line for each ancestor, the newest first. The ancestors themselves are in the directory's own
 manifest; what MLflow does not know of them is said to be missing there.
 """
+
+from booster_soccer import terminal
+
+terminal.begin(__name__)
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -57,6 +57,7 @@ from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.places import check_own_directory, is_vacant
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 from booster_soccer.tracking.report import print_submission
 
@@ -110,10 +111,12 @@ def main(config: Config) -> Path:
             mean = build(config, checkpoint, identity)
             recorder.result(Result({"result/sdk_score": mean}, [config.out], checkpoint))
     print_score(config.out)
+    stage_pages.of_submission(config.out)
     name = config.name or f"{checkpoint.stage}-{checkpoint.hash}"
     _print_contents(config, name)
     if config.yes:
         send(config.out, config.competition, name)
+        stage_pages.of_submission(config.out)  # it says that it was sent
     else:
         print("dry run: nothing was sent; add --yes to send")
     print(config.out)

@@ -6,7 +6,7 @@
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, when the run is finished, with
 the policy that the judge liked best: its official score on the twin, always on the same starts. Until then
 `<out>.resume` holds the latest state (and the policy at that step), `<out>.replay` its buffer; `<out>.metrics.jsonl`
-has every log line's numbers.
+has every log line's numbers, and at the end `<out>.html` is a report of them; `<out>.videos` the policy on its way.
 
 A run that was killed and is started again with `--resume` goes on where its last state was saved; on a CPU it
 ends with the very bits of a run that was never killed. SIGTERM: the state is saved, and the process ends
@@ -51,12 +51,15 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
 from booster_soccer.rollout.judge import START_NOISE_RAD, judge
 from booster_soccer.store import checkpoints
+from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
 from booster_soccer.store.signals import StopSignal
+from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
+from booster_soccer.tracking.video import Films
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
 
@@ -94,7 +97,7 @@ _L4 = Config(
     total_steps=100_000_000,
     collect=CollectConfig(num_envs=2048, batch_size=8192, updates_per_iteration=4, buffer_size=4_000_000,
                           learning_starts=200_000, ramp_steps=(40_000_000, 100_000_000)),
-    records=RecordConfig(judge_every=5_000_000),
+    records=RecordConfig(judge_every=5_000_000, video_every_s=600.0),
     resume_buffer="refill",
 )  # fmt: skip
 PRESETS = {
@@ -106,7 +109,7 @@ PRESETS = {
         _L4, out=Path("runs/h200/pretrain"), preset="h200", total_steps=200_000_000,
         collect=replace(_L4.collect, num_envs=4096, batch_size=16384, buffer_size=8_000_000, learning_starts=400_000,
                         ramp_steps=(80_000_000, 200_000_000)),
-        records=RecordConfig(judge_every=10_000_000)),
+        records=RecordConfig(judge_every=10_000_000, video_every_s=600.0)),
 }  # fmt: skip
 
 
@@ -164,6 +167,7 @@ class Pretraining:
         self.statistics = Statistics()
         self.learn_from = config.collect.learning_starts  # no update before this step
         self.learned: dict[str, jax.Array] = {}
+        self.films = Films(beside(config.out, "videos"), config.records.video_every_s)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -199,11 +203,12 @@ class Pretraining:
         """Official score of the policy on the twin; the best so far is kept."""
         arrays = sac.policy_arrays(self.learner_state)
         seeds = np.random.SeedSequence(_JUDGE_SEED).generate_state(self.config.judge_episodes, np.uint64)
-        scores = judge(policy_from_arrays(arrays), [int(seed) for seed in seeds])
+        scores = judge(policy_from_arrays(arrays), seeds.tolist())
         tqdm.write(f"  judged at {self.run.steps:,}: {scores}")
         best = self.run.kept.get("best")
         if best is None or scores.mean > best.scores.mean():
             self.run.kept["best"] = Candidate(arrays, self.run.steps, scores.score)
+        self.films.take(policy_from_arrays(arrays), self.run.steps, int(seeds[0]))
         return scores.numbers("eval")
 
     # --- state --------------------------------------------------------------------------------------------
@@ -273,14 +278,15 @@ def main(config: Config) -> Path:
             flush=True,
         )
         with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
-            run.watch = recorder.at
+            run.watch, stage.films.taken = recorder.at, recorder.artifact
             run.train(stage, config.total_steps, stop, config.time_limit_s)
             best = run.kept["best"]
             metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
             path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
             judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
-            recorder.result(Result({"result/step": best.steps}, [path], checkpoints.load(path), judged))
+            files = [path, *stage_pages.of_run(path)]
+            recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))
         return path
 
 

@@ -3,8 +3,9 @@
 import os
 import tempfile
 
-os.environ.setdefault("MUJOCO_GL", "disable")  # tests never render
 os.environ.setdefault("BOOSTER_TRACK", "none")  # trackers take seconds; the tests of tracking ask for them
+# Networks as small as ours gain nothing from a second thread, and where others want the cores it waits in a busy loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compile more than they compute: MJX takes 22 s of CPU to compile instead of 36 s.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # What one test has compiled the next one need not, nor the processes that it starts.

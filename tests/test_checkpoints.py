@@ -125,6 +125,9 @@ def test_commit_is_that_of_this_tree_alone(tmp_path, monkeypatch):
     (tmp_path / "installed" / "manifests.py").touch()
     assert code(tmp_path) == {"commit": commit, "dirty": True}
     assert code(tmp_path / "installed") == unknown  # somebody else's tree around it
+    monkeypatch.setenv(manifests.COMMIT_VARIABLE, "abc")  # a cluster's copy
+    assert code(tmp_path / "installed") == {"commit": "abc", "dirty": None}
+    assert code(tmp_path) == {"commit": commit, "dirty": True}
 
 
 # --- what is not loaded -------------------------------------------------------------------------------

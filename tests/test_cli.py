@@ -63,6 +63,32 @@ def test_the_other_options_win_over_the_preset_wherever_they_stand(parse, where)
     assert parse("--total-steps", "5", "--total-steps", "6").total_steps == 6
 
 
+def test_a_preset_file_gives_options_and_the_command_line_wins(parse, tmp_path):
+    file = tmp_path / "best.json"
+    file.write_text('{"preset": "demo", "discount": 0.75, "layers": [4, 2], "resume": true, "total_steps": 5}')
+    config = dataclasses.replace(PRESETS["demo"], learner=Learner(0.75, (4, 2)), resume=True, total_steps=5)
+    assert parse("--preset-file", str(file)) == parse(f"--preset-file={file}") == config
+    assert parse("--total-steps", "6", "--preset-file", str(file)).total_steps == 6
+    assert parse("--preset-file", str(file), "--preset", "l4").engine == "mjx"
+    file.write_text('{"discount": 0.75}')
+    assert parse("--preset-file", str(file)) == dataclasses.replace(CPU, learner=Learner(0.75))
+
+
+def test_a_preset_file_that_is_none_is_one_line(parse, tmp_path, capsys):
+    file = tmp_path / "best.json"
+    for wrong in ("[1]", "no JSON"):
+        file.write_text(wrong)
+        with pytest.raises(errors.UserError, match="--preset-file .* is no JSON object of options"):
+            parse("--preset-file", str(file))
+    for absent in ([str(tmp_path / "none")], []):
+        with pytest.raises(errors.UserError, match="--preset-file .* is no JSON object of options"):
+            parse("--preset-file", *absent)
+    file.write_text('{"discounts": 0.75}')
+    with pytest.raises(SystemExit) as ended:
+        parse("--preset-file", str(file))
+    assert ended.value.code == 2 and "--discounts" in capsys.readouterr().err
+
+
 def test_nested_options_are_flat(parse):
     changed = parse("--preset", "demo", "--layers", "4", "2")
     assert changed.learner == Learner(0.25, (4, 2))

@@ -229,8 +229,8 @@ def test_a_broken_lane_costs_a_fall_and_starts_anew(loops, engine):
         if engine == "native":
             loop.engine.state[1, 12] = np.nan
         else:
-            data = loop.carry.data
-            loop.carry = loop.carry._replace(data=data.replace(qvel=data.qvel.at[1, 3].set(jnp.nan)))
+            physics = loop.carry.physics
+            loop.carry = loop.carry._replace(physics=physics._replace(qvel=physics.qvel.at[1, 3].set(jnp.nan)))
         state, happened = loops[engine].run(state, CALL)
         assert happened["diverged"] == 1
         rows = loops[engine].rows()

@@ -1,6 +1,7 @@
 """What `main` begins with: one process owns an output and ends with its launcher; paths may be strings."""
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -101,6 +102,19 @@ def test_a_lock_that_was_just_given_up_is_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", unlinked_once)
     with owned(tmp_path / "run"):
         assert opened == [lock, lock] and lock.exists()
+
+
+def test_a_place_that_cannot_be_written_can_still_be_looked_at(tmp_path, monkeypatch):
+    """Fault injection, for root may write everywhere: a finished result is recognised there too."""
+    finished = start(tmp_path / "run", "--resume")
+    assert finished.wait(60) == 0
+
+    def read_only(path, *arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "open", read_only)
+    with owned(tmp_path / "run"):
+        assert (tmp_path / "run").exists() and not (tmp_path / "run.lock").exists()
 
 
 def test_a_volume_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

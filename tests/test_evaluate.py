@@ -28,7 +28,7 @@ def episode(task: str, seed: int, score: float, **changes) -> EpisodeResult:
     fields = dict(steps=1000, fell=False, success=False, touches=0, imu_height_m=0.6)
     fields |= dict(shot_speed_m_s=None, shot_direction_deg=None, roll_phase_deg=None, roll_score=0.0)
     fields |= dict(ball_speed_site_m_s=0.0, ball_speed_centre_m_s=0.0, ball_height_max_m=0.12)
-    fields |= dict(walked_m=0.0, ball_distance_min_m=1.0)
+    fields |= dict(walked_m=0.0, ball_distance_min_m=1.0, aim_pos_w=[0.0, 0.0, 0.0], path=[])
     return EpisodeResult(task=task, seed=seed, score=score, terms={"steps": -1.0}, **(fields | changes))
 
 
@@ -278,7 +278,8 @@ def test_a_checkpoint_is_scored_and_written(tmp_path, capsys):
     assert written["mean"] == pytest.approx(np.mean(scores))
     shown = capsys.readouterr().out
     assert "Official score" in shown
-    assert shown.splitlines()[-1] == str(json_file)
+    assert shown.splitlines()[-2:] == [str(json_file), str(json_file.with_suffix(".html"))]
+    assert path.name in json_file.with_suffix(".html").read_text()
 
     assert evaluate.main(evaluate.Config(checkpoint=path, episodes=1, json=json_file)) == result  # recognised
     assert "has this result already" in capsys.readouterr().out

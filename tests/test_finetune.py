@@ -309,7 +309,7 @@ def test_the_result_is_never_below_the_start(converted, tmp_path, monkeypatch, v
         assert same == (result == "start"), name
     if validation > 0:
         assert metrics["gain"] == pytest.approx(fresh) and metrics["candidate_step"] == 240
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.html", "out.metrics.jsonl"]
 
 
 # --- runs ---------------------------------------------------------------------------------------------

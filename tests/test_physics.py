@@ -1,5 +1,7 @@
 """The PD layer, our scene against the official model, and MJX against native MuJoCo."""
 
+import re
+
 import mujoco
 import numpy as np
 import pytest
@@ -173,9 +175,12 @@ def test_mjx_follows_native():
     fresh = _start(ours, address)
     mujoco.mj_forward(ours, fresh)
     np.testing.assert_allclose(data.sensordata[0], fresh.sensordata, atol=1e-4)  # the light reset's sensors
-    data, step, mjx_path = data.replace(qvel=qvel), jax.jit(engine.step), []
-    for target in np.stack(targets, axis=1):
-        data, touched = step(data, jnp.asarray(target, jnp.float32))
+    data, targets = data._replace(qvel=qvel), jnp.asarray(np.stack(targets, axis=1), jnp.float32)
+    step, mjx_path = jax.jit(engine.step).lower(data, targets[0]).compile(), []
+    # LAPACK's calls wait for themselves where there are many lanes and few threads: tests/long/mjx_lanes.py.
+    assert set(re.findall(r'custom_call_target="(\w+)', step.as_text())) <= {"TopK"}
+    for target in targets:
+        data, touched = step(data, target)
         mjx_path.append(np.concatenate([data.qpos, data.qvel], axis=1))
         assert not np.asarray(touched)[:drops].any()
     mjx_path, native = np.stack(mjx_path, axis=1), np.array(paths)

@@ -68,6 +68,8 @@ def test_what_is_said_of_an_episode_by_hand():
     assert (result.ball_speed_site_m_s, result.ball_speed_centre_m_s) == (3.0, 2.0)
     assert result.roll_score == 1.5  # 1.5 points per m/s, of which the site has 1 more
     assert result.roll_phase_deg == pytest.approx(180.0) and result.shot_speed_m_s is None
+    assert result.aim_pos_w == [-10.97, 0.0, 0.0]
+    assert result.path == [[0.0, 0.0, 0.0, -3.0, 3.5, 0.11], [0.06, -6.0, 0.0, -3.0, 3.5, 0.11]]
 
 
 # --- on lanes here ----------------------------------------------------------------------------------------
@@ -83,6 +85,10 @@ def test_the_twin_gives_the_official_results_on_fewer_lanes_than_episodes(task, 
     expected = list(play(OfficialLanes(task), policy, episodes, 0.02))
     assert list(play(TwinLanes(task, 2, num_threads=2), policy, episodes, 0.02)) == expected
     assert [(result.task, result.seed) for result in expected] == episodes
+    for result in expected:  # ten rows of a path a second, and the end
+        times = [row[0] for row in result.path]
+        assert times[:-1] == [round(0.1 * i, 2) for i in range(len(times) - 1)]
+        assert times[-1] == round(result.steps * 0.002, 2)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,8 @@ def test_dry_run_writes_a_proved_package(checkpoint, dry_run):
     config, printed = dry_run
     files = {submit.MODEL, submit.PREPROCESSOR, submit.MANIFEST, submit.SCORE}
     assert {file.name for file in config.out.iterdir()} == files
-    assert [file.name for file in config.out.parent.iterdir()] == [config.out.name]  # nothing left beside it
+    beside = sorted(file.name for file in config.out.parent.iterdir())
+    assert beside == [config.out.name, f"{config.out.name}.html"]
     assert "dry run: nothing was sent" in printed
     assert printed.splitlines()[-1] == str(config.out)
 

@@ -257,7 +257,7 @@ def test_attempts_of_a_run_share_its_key_and_a_new_run_has_its_own(tmp_path, mon
     assert not (tmp_path / "run.tracking" / "wandb.json").exists()  # or its numbers would be taken for known
 
 
-@pytest.mark.parametrize("program", ["raise SystemExit(3)", "import time; time.sleep(60)", "import os; os.close(0)"])
+@pytest.mark.parametrize("program", ["raise SystemExit(3)", "import time; time.sleep(600)", "import os; os.close(0)"])
 def test_trackers_that_end_hang_or_do_not_listen_change_nothing(tmp_path, monkeypatch, capfd, program):
     train(Tracked(tmp_path / "without" / "run", tracking=NONE))
     stand_in(monkeypatch, program)

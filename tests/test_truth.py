@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from booster_soccer.store import checkpoints
+from booster_soccer.tracking import video
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = checkpoints.load(ROOT / "assets" / "policies" / "final")
@@ -18,6 +19,16 @@ def test_results_name_the_shipped_checkpoint(document):
     assert SHIPPED.hash in text
     beside = re.findall(r"assets/policies/final`?\W{1,4}(?:checkpoint|hash)?\W{0,3}([0-9a-f]{16})\b", text)
     assert set(beside) <= {SHIPPED.hash}
+
+
+@pytest.mark.parametrize("document", ["README.md", "README.zh-TW.md"])
+def test_the_animated_picture_is_of_the_shipped_policy(document):
+    """It stands in both READMEs with the checkpoint's hash; `make picture` makes it again."""
+    [(hash_, file)] = re.findall(
+        r"!\[[^\]]*?([0-9a-f]{16})[^\]]*\]\((docs/figures/play\.\w+)\)", (ROOT / document).read_text()
+    )
+    assert hash_ == video.mark_of(ROOT / file) == SHIPPED.hash
+    assert (ROOT / file).stat().st_size < 3_000_000
 
 
 def test_the_shipped_policy_comes_from_committed_code_and_names_its_ancestors():

@@ -24,11 +24,13 @@ class Config:
     total_steps: int = 40
     step_s: float = 0.0  # how long a step takes
     resume: bool = False
+    keep_state: bool = False
 
 
 @guarded("out")
 def main(config: Config) -> Path:
     settings = toy_run.Config(config.out, total_steps=config.total_steps, seed=config.seed)
+    settings = toy_run.keeping(settings) if config.keep_state else settings
     run = Run(config.out, "converted", settings)
     if config.resume and run.is_finished():
         return config.out

@@ -14,6 +14,8 @@ critics see more than the policy (`preprocess/privileged.py`). The actor's layer
 round moves the policy by a fixed Kullback-Leibler divergence. What is judged and shipped is its running average.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -376,3 +378,14 @@ class Ddpg:
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {"actor_optimizer": self.actor_optimizer, "critic_optimizer": self.critic_optimizer}
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: the lanes' processes need the cores, and networks of this size gain nothing from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -4,15 +4,19 @@ Importing this module gives MJX 3.3.7 two collision functions, without which a r
 ground that native MuJoCo gives it (docs/experiments.md). MJX has no public place for them.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from mujoco import mjx
+from mujoco.mjx._src import smooth, solver
 from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
 from mujoco.mjx._src.collision_primitive import GeomInfo, collider
 from mujoco.mjx._src.math import make_frame
 
 from booster_soccer.envs import constants as c
+from booster_soccer.envs import mjx_solver
 from booster_soccer.envs.randomization import Physics, Randomizer
 from booster_soccer.envs.scene import addresses, load_mjx_model, sensor_slices
 from booster_soccer.envs.tasks import View
@@ -56,6 +60,25 @@ def _disc_box(disc: GeomInfo, box: GeomInfo) -> tuple[jax.Array, jax.Array, jax.
 
 _COLLISION_FUNC[mjx.GeomType.PLANE, mjx.GeomType.BOX] = _plane_box
 _COLLISION_FUNC[mjx.GeomType.CYLINDER, mjx.GeomType.BOX] = _disc_box
+smooth.factor_m, smooth.solve_m, solver.solve = mjx_solver.factor_m, mjx_solver.solve_m, mjx_solver.solve
+
+
+class MjxState(NamedTuple):
+    """What a physics step reads of `mjx.Data`, and the sensors that the next observation may read; leading axis B.
+
+    All else, 40 kB of contacts and constraints a lane, is made anew in each step.
+    """
+
+    time: jax.Array
+    qpos: jax.Array
+    qvel: jax.Array
+    qacc_warmstart: jax.Array
+    sensordata: jax.Array
+
+    @classmethod
+    def of(cls, data: mjx.Data) -> "MjxState":
+        """What is kept of `data`."""
+        return cls(*(getattr(data, name) for name in cls._fields))
 
 
 class MjxEngine:
@@ -81,8 +104,8 @@ class MjxEngine:
         contacts = [s for name, s in self._sensor.items() if name.startswith("ball_") and name.endswith("_contacts")]
         self._ball_contact = np.concatenate([np.arange(s.start, s.stop) for s in contacts])
 
-    def reset(self, qpos: jax.Array, qvel: jax.Array) -> mjx.Data:
-        """Data at qpos (B, nq), at rest: qvel (B, nv) must be zero.
+    def reset(self, qpos: jax.Array, qvel: jax.Array) -> MjxState:
+        """The state at qpos (B, nq), at rest: qvel (B, nv) must be zero.
 
         Only kinematics, not a whole `mjx.forward`: that would double what there is to compile and cost as
         much as a physics step in every lane. The velocity sensors are zero at rest; accelerometer and
@@ -90,8 +113,7 @@ class MjxEngine:
         """
 
         def one(model, qpos, qvel):
-            data = self._template.replace(qpos=qpos, qvel=qvel, ctrl=qpos[self._address.joint_q])
-            data = mjx.kinematics(model, data)
+            data = mjx.kinematics(model, self._template.replace(qpos=qpos, qvel=qvel))
             root, ball = qpos[self._address.root_q], qpos[self._address.ball_q]
             fresh = {
                 "imu_pos_w": root[:3],
@@ -104,24 +126,24 @@ class MjxEngine:
             sensordata = data.sensordata
             for name, value in fresh.items():
                 sensordata = sensordata.at[self._sensor[name]].set(value)
-            return data.replace(sensordata=sensordata)
+            return MjxState.of(data)._replace(sensordata=sensordata)
 
         return jax.vmap(one, in_axes=(self._model_axes, 0, 0))(self.model, qpos, qvel)
 
-    def step(self, data: mjx.Data, target_rad: jax.Array) -> tuple[mjx.Data, jax.Array]:
+    def step(self, state: MjxState, target_rad: jax.Array) -> tuple[MjxState, jax.Array]:
         """Hold joint targets (B, 12) for one action; also whether robot and ball touched, (B,) bool."""
 
-        def one(model, data, target_rad):
-            def physics_step(data, _):
-                data = mjx.step(model, data.replace(ctrl=target_rad))
-                return data, (data.sensordata[self._ball_contact] > 0).any()
+        def one(model, state, target_rad):
+            def physics_step(state, _):
+                data = mjx.step(model, self._template.replace(**state._asdict(), ctrl=target_rad))
+                return MjxState.of(data), (data.sensordata[self._ball_contact] > 0).any()
 
-            data, touched = jax.lax.scan(physics_step, data, length=c.PHYSICS_STEPS_PER_ACTION)
-            return data, touched.any()
+            state, touched = jax.lax.scan(physics_step, state, length=c.PHYSICS_STEPS_PER_ACTION)
+            return state, touched.any()
 
-        return jax.vmap(one, in_axes=(self._model_axes, 0, 0))(self.model, data, target_rad)
+        return jax.vmap(one, in_axes=(self._model_axes, 0, 0))(self.model, state, target_rad)
 
     @staticmethod
-    def view(data: mjx.Data, touched: jax.Array) -> View:
+    def view(state: MjxState, touched: jax.Array) -> View:
         """The lanes' view, leading axis B."""
-        return View(data.qpos, data.qvel, data.sensordata, touched)
+        return View(state.qpos, state.qvel, state.sensordata, touched)

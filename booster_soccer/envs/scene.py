@@ -23,6 +23,7 @@ _LEG_CYLINDERS = {
     "Shank_Left": (0.05, 0.075),
     "Shank_Right": (0.05, 0.075),
 }
+_MJX_CONTACTS = 40
 # What lies below the logos; a running step sinks in by up to 35 mm, through all of it.
 _BELOW_LOGOS = ("pitch", "field_base", "floor")
 
@@ -93,11 +94,16 @@ def load_mjx_model() -> mujoco.MjModel:
 
     A running foot has up to 21 contacts. After one action joint velocities are 4.4 rad/s off native (90th
     percentile) with 4 iterations, 0.2 with 6, 0.008 with 8 and 0.005 with 10; 10 line-search steps for 6
-    change nothing.
+    change nothing. MJX computes with every contact that may ever be, 73; the deepest 40 are all that touch: at most
+    39 did in 36,000 physics steps of random landings, falls and kicks.
     """
     check_mujoco_version()
-    model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+    spec = mujoco.MjSpec.from_file(str(SCENE_PATH))
+    spec.add_numeric(name="max_contact_points", data=[_MJX_CONTACTS])
+    model = spec.compile()
     model.opt.iterations, model.opt.ls_iterations = 8, 6
+    # Without joint damping there is nothing to treat implicitly. Native MuJoCo sees that, MJX factorises again.
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_EULERDAMP
     return write_pd_layer(model)
 
 

@@ -99,6 +99,17 @@ class TwinEnv:
         return self.physics.state.read("twin:imu_pos")
 
     @property
+    def forward_w(self) -> np.ndarray:
+        """(B, 2) where the trunk's x axis points, seen from above, of length 1."""
+        ahead = self.physics.state.read(f"twin:{source.ROBOT}_X")[:, :2]
+        return ahead / np.linalg.norm(ahead, axis=1, keepdims=True)
+
+    @property
+    def root_velocity_w(self) -> np.ndarray:
+        """(B, 3) m/s view of the trunk's velocity; what is written takes effect at the next step."""
+        return self.qvel[:, self._address.root_v][:, :3]
+
+    @property
     def ball(self) -> official.Ball:
         """The ball of all lanes now, each (B, 3)."""
         return self._ball(self.physics.state)

@@ -160,11 +160,15 @@ class _Worker:
             memory_after[:] = memory
             sensors_after[:] = sensors
 
+    def set_fields(self, values: list[memoryview]) -> None:
+        """Make the model a lane's."""
+        for field, value in zip(self._fields, values, strict=True):
+            field[:] = value
+
     def forward(self, values: list[memoryview], qpos: np.ndarray, after: State) -> None:
         """One lane at rest at time 0, without a warm start; writes into `after` (no leading axis)."""
         mujoco.mj_resetData(self.model, self.data)
-        for field, value in zip(self._fields, values, strict=True):
-            field[:] = value
+        self.set_fields(values)
         self.data.qpos[:] = qpos
         after.time[:] = 0.0
         after.memory[:] = self._memory  # now: `mj_forward` leaves a warm start
@@ -184,6 +188,7 @@ class Physics:
         actuators: Sequence[str],
         driven: DrivenJoints | None,
     ):
+        self._model, self._fields = model, fields
         self._workers = [_Worker(copy(model), fields) for _ in range(num_threads)]
         self._pool = ThreadPoolExecutor(num_threads)  # starts its threads only when they are needed
         data = self._workers[0].data
@@ -209,6 +214,12 @@ class Physics:
         self.field_values[lane] = [np.ascontiguousarray(value, dtype=np.float64).data for value in field_values]
         self._workers[0].forward(self.field_values[lane], qpos, self.state.at(lane))
         return self._workers[0].data
+
+    def model_of(self, lane: int) -> mujoco.MjModel:
+        """A copy of the model with a lane's own values of its fields, to draw it."""
+        worker = _Worker(copy(self._model), self._fields)
+        worker.set_fields(self.field_values[lane])
+        return worker.model
 
     def simulate(self, lanes: np.ndarray, control_of: Callable[[State], np.ndarray], num_steps: int) -> State:
         """States (num_steps, L) after each physics step of some lanes (L,); `self.state` stays as it is.

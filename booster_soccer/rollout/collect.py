@@ -290,15 +290,11 @@ class NativeLoop:
 class MjxCarry(NamedTuple):
     """What the jitted loop carries besides the learner."""
 
-    data: Any  # mjx.Data, leading axis B
+    physics: Any  # MjxState, whose module is slow to import
     lanes: Lanes
     buffer: Batch  # leading axis = capacity
     count: jax.Array  # () iterations
     first: jax.Array  # () those before the buffer's first row: 0, unless the run went on with a new buffer
-
-
-# What a physics step reads of `mjx.Data`, and the sensors that the next observation may read.
-_MJX_STATE = ("time", "qpos", "qvel", "qacc_warmstart", "ctrl", "sensordata")
 
 
 class DeviceReplay:
@@ -338,34 +334,35 @@ class MjxLoop:
 
     def begin(self, state: SacState, count: int) -> None:
         """Fresh starts in all lanes, and an empty buffer, after `count` iterations; what ramps is that far then."""
-        data, task_state, view = self._begin(count)
+        physics, task_state, view = self._begin(count)
         seen = self._observe(state, view, task_state, count)
         cuts = jnp.asarray(first_cuts(self.config, self._rng))
         buffer = Batch(**{name: jnp.zeros((self.capacity, *shape)) for name, shape in ROW_SHAPES.items()})
-        self.carry = MjxCarry(data, Lanes(task_state, seen, cuts), buffer, jnp.int32(count), jnp.int32(count))
+        self.carry = MjxCarry(physics, Lanes(task_state, seen, cuts), buffer, jnp.int32(count), jnp.int32(count))
 
     def _start(self, count: jax.Array):
-        """Fresh starts for all lanes: data, task state and view."""
+        """Fresh starts for all lanes: physics, task state and view."""
         qpos, qvel, task_state = self.body.start(count)
-        data = self.engine.reset(qpos, qvel)
-        view = self.engine.view(data, jnp.zeros(self.config.num_envs, bool))
-        return data, task_state, view
+        physics = self.engine.reset(qpos, qvel)
+        view = self.engine.view(physics, jnp.zeros(self.config.num_envs, bool))
+        return physics, task_state, view
 
     def _iterate(self, state: SacState, carry: MjxCarry, learn: jax.Array):
         """One action in every lane, and its updates."""
         config, body, n = self.config, self.body, self.config.num_envs
         count = carry.count + 1
         action = body.act(state, carry.lanes, count)
-        data, touched = self.engine.step(carry.data, joint_target_rad(action))
+        physics, touched = self.engine.step(carry.physics, joint_target_rad(action))
         before = state  # all noise of an iteration is of one normaliser
-        state, lanes, done, rows, sums = body.after(before, carry.lanes, self.engine.view(data, touched), action, count)
+        view = self.engine.view(physics, touched)
+        state, lanes, done, rows, sums = body.after(before, carry.lanes, view, action, count)
         buffer = jax.tree.map(
             lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, (carry.count - carry.first) * n % self.capacity, 0),
             carry.buffer,
             rows,
         )
         fresh, task_state, view = self._start(count)
-        data = select_lanes(done, fresh, data)
+        physics = select_lanes(done, fresh, physics)
         lanes = body.restart(before, lanes, done, task_state, view, count)
 
         filled = jnp.minimum((count - carry.first) * n, self.capacity)
@@ -376,7 +373,7 @@ class MjxLoop:
         _, shapes = jax.eval_shape(self.sac.update_many, state, batches, ramp)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         state, metrics = jax.lax.cond(learn, self.sac.update_many, lambda s, *_: (s, nothing), state, batches, ramp)
-        return state, MjxCarry(data, lanes, buffer, count, carry.first), (sums, metrics)
+        return state, MjxCarry(physics, lanes, buffer, count, carry.first), (sums, metrics)
 
     def _iterations(self, state: SacState, carry: MjxCarry, learn: jax.Array):
         def one(both, _):
@@ -395,6 +392,7 @@ class MjxLoop:
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
         state, self.carry, sums, metrics = self._run(state, self.carry, jnp.array(learn))
+        jax.block_until_ready(metrics)  # a step that is counted is done: for the watchdog, and for a save on SIGTERM
         statistics.add(sums)
         return state, metrics
 
@@ -405,16 +403,17 @@ class MjxLoop:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
-        arrays = {f"data.{name}": np.asarray(getattr(self.carry.data, name)) for name in _MJX_STATE}
+        arrays = {f"physics.{name}": np.asarray(values) for name, values in self.carry.physics._asdict().items()}
         return arrays | lane_arrays(self.lanes) | {"count": np.asarray(self.carry.count)}
 
     def restore(self, arrays: dict[str, np.ndarray], replay: Replay) -> None:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
         check_like(arrays, self.arrays(), "the saved state of the lanes")
-        data = {name: jnp.array(values) for name, values in named(arrays, "data.").items()}
+        saved = {name: jnp.array(values) for name, values in named(arrays, "physics.").items()}
         buffer = Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()})
         count = jnp.asarray(arrays["count"])
-        self.carry = MjxCarry(self.carry.data.replace(**data), lanes_from(arrays), buffer, count, jnp.zeros_like(count))
+        physics = self.carry.physics._replace(**saved)
+        self.carry = MjxCarry(physics, lanes_from(arrays), buffer, count, jnp.zeros_like(count))
 
     def close(self) -> None:
         """Nothing to stop."""

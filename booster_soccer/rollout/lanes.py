@@ -91,7 +91,7 @@ class _PlatformLanes:
             step = self.env.step_torque(nothing_nm, c.PHYSICS_STEPS_PER_ACTION)
         else:
             step = self.env.step_action(action)
-        self.obs, self.info, self._raw_terms = step.obs, step.info, step.reward_terms
+        self.obs, self.info, self.raw_terms = step.obs, step.info, step.reward_terms
         return step.terminated, step.truncated
 
     def observe(self) -> np.ndarray:
@@ -107,11 +107,11 @@ class _PlatformLanes:
         return situation.from_official(self.obs, self.info, ball.centre_pos_w, ball.centre_vel_w, self.env.steps)
 
     def events(self, diverged: np.ndarray) -> Events:
-        return situation.official_events(self.situation(), self.info, self._raw_terms, diverged)
+        return situation.official_events(self.situation(), self.info, self.raw_terms, diverged)
 
     def outcome(self, lane: int) -> Outcome:
         env = self.env
-        terms = score_terms(self.tasks[lane], {name: values[lane] for name, values in self._raw_terms.items()})
+        terms = score_terms(self.tasks[lane], {name: values[lane] for name, values in self.raw_terms.items()})
         fell, success = not env.imu_pos_w[lane, 2] > c.FALL_HEIGHT_M, bool(self.info["success"][lane])
         shot = Ball(*(vector_w[lane].copy() for vector_w in env.shot)) if env.touches[lane] else None
         of_ball = int(env.touches[lane]), float(env.ball_height_max_m[lane]), shot
@@ -131,6 +131,8 @@ class OfficialLanes(_PlatformLanes):
 
 class TwinLanes(_PlatformLanes):
     """Lanes of one task in the official environment's twin."""
+
+    env: TwinEnv
 
     def __init__(self, task: str, num_lanes: int, num_threads: int = 1):
         super().__init__(task, TwinEnv(task, num_lanes, num_threads))

@@ -39,6 +39,8 @@ class Act(Protocol):
 Policy = Act | None  # None stands for zero torque
 
 BACKENDS = ("official", "twin", "scene")
+PATH_COLUMNS = ("time_s", "imu_x_m", "imu_y_m", "ball_x_m", "ball_y_m", "ball_z_m")  # of the ball's centre
+_PATH_PHYSICS_STEPS = 50  # 10 Hz
 _EPISODES_PER_JOB = 25  # of one process of twins: enough lanes to share the overhead, few enough for progress
 
 
@@ -75,6 +77,8 @@ class EpisodeResult:
     walked_m: float  # path of the imu, sampled at every action
     ball_distance_min_m: float  # imu to ball centre, sampled at every action and at the end
     imu_height_m: float  # at the end
+    aim_pos_w: list[float]  # (3,) m: the goal's centre, window or target
+    path: list[list[float]]  # ten times a second and at the end, see `PATH_COLUMNS`; to the centimetre
 
 
 def hold_default_pose(obs: np.ndarray) -> np.ndarray:
@@ -119,6 +123,7 @@ def play(
             raise UserError(f"no lane plays task '{episode.task}', only {', '.join(waiting)}: use other lanes")
         waiting[episode.task].append((number, episode))
     walked_m, nearest_m = np.zeros(len(lanes.tasks)), np.zeros(len(lanes.tasks))
+    paths: list[list[list[float]]] = [[] for _ in lanes.tasks]
     playing: dict[int, tuple[int, Episode]] = {}  # by lane: an episode and its number
     done: dict[int, EpisodeResult] = {}
     for following in range(len(episodes)):
@@ -129,15 +134,26 @@ def play(
                 lanes.reset(free, [playing[lane][1].seed for lane in free], start_noise_rad)
                 now = lanes.look()
                 walked_m[free], nearest_m[free] = 0.0, _from_ball_m(now)[free]
+                for lane in free:
+                    paths[lane] = [_place(now, lane)]
             action = None if policy is None else _actions(policy, lanes, now.steps, playing)
             ended = np.logical_or(*lanes.hold(action))
             before, now = now, lanes.look()
             walked_m += _horizontal_m(now.imu_pos_w - before.imu_pos_w)
             nearest_m = np.fmin(nearest_m, _from_ball_m(now))
-            for lane in [lane for lane in playing if ended[lane]]:
-                number, episode = playing.pop(lane)
-                done[number] = _result(lanes, now, lane, episode, walked_m[lane], nearest_m[lane])
+            for lane in list(playing):
+                if ended[lane] or now.steps[lane] % _PATH_PHYSICS_STEPS == 0:
+                    paths[lane].append(_place(now, lane))
+                if ended[lane]:
+                    number, episode = playing.pop(lane)
+                    done[number] = _result(lanes, now, lane, episode, walked_m[lane], nearest_m[lane], paths[lane])
         yield done.pop(following)
+
+
+def _place(now: Sight, lane: int) -> list[float]:
+    """A lane's row of a path."""
+    place = (*now.imu_pos_w[lane, :2], *now.ball.centre_pos_w[lane])
+    return [round(float(value), 2) for value in (now.steps[lane] * c.PHYSICS_DT_S, *place)]
 
 
 def _horizontal_m(vector_w: np.ndarray) -> np.ndarray:
@@ -169,7 +185,15 @@ def _actions(policy: Act, lanes: Lanes, steps: np.ndarray, playing: dict[int, tu
     return actions
 
 
-def _result(lanes: Lanes, end: Sight, lane: int, episode: Episode, walked_m: float, nearest_m: float) -> EpisodeResult:
+def _result(
+    lanes: Lanes,
+    end: Sight,
+    lane: int,
+    episode: Episode,
+    walked_m: float,
+    nearest_m: float,
+    path: list[list[float]],
+) -> EpisodeResult:
     """What is to be said of an episode that has just ended, one lane at a time: so all backends round alike."""
     outcome, ball = lanes.outcome(lane), Ball(*(vector_w[lane] for vector_w in end.ball))
     velocity_weight = WEIGHTS[episode.task].get("ball_vel_twd_goal", 0.0)  # of the site's velocity along -x
@@ -190,6 +214,8 @@ def _result(lanes: Lanes, end: Sight, lane: int, episode: Episode, walked_m: flo
         walked_m=float(walked_m),
         ball_distance_min_m=float(nearest_m),
         imu_height_m=float(end.imu_pos_w[lane, 2]),
+        aim_pos_w=[round(float(value), 2) for value in end.aim_pos_w[lane]],
+        path=path,
     )
 
 

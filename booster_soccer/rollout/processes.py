@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -34,14 +34,24 @@ class Workers:
     They end with their parent, however it went, and ignore SIGINT, SIGTERM and SIGHUP: the parent decides.
     """
 
-    def __init__(self, make: Callable[..., Any], arguments: Sequence[tuple], names: Sequence[str], remedy: str):
-        """Process p holds `make(*arguments[p])`, made there; `names[p]` and `remedy` are for error messages."""
+    def __init__(
+        self,
+        make: Callable[..., Any],
+        arguments: Sequence[tuple],
+        names: Sequence[str],
+        remedy: str,
+        environment: Mapping[str, str] = types.MappingProxyType({}),
+    ):
+        """Process p holds `make(*arguments[p])`, made there; `names[p]` and `remedy` are for error messages.
+
+        `environment` is added to that of the processes.
+        """
         self._names, self._remedy = names, remedy
         self._connections: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         try:
-            with _lean_children(), _signals_blocked():
+            with _lean_children({**_ENVIRONMENT, **environment}), _signals_blocked():
                 for own in arguments:
                     here, there = context.Pipe()
                     self._connections.append(here)
@@ -90,15 +100,15 @@ class Workers:
 
 
 @contextlib.contextmanager
-def _lean_children() -> Iterator[None]:
-    """Processes started inside get `_ENVIRONMENT`, and do not import the caller's main module.
+def _lean_children(environment: Mapping[str, str]) -> Iterator[None]:
+    """Processes started inside get this environment, and do not import the caller's main module.
 
     `spawn` would import it again in each of them, JAX included; nothing of it is needed there.
     """
-    saved = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    saved = {name: os.environ.get(name) for name in environment}
     main_module = sys.modules["__main__"]
     try:
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(environment)
         sys.modules["__main__"] = types.ModuleType("__main__")
         yield
     finally:

@@ -24,6 +24,8 @@ from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors, real_pat
 from booster_soccer.store.signals import end_with_launcher
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the volume has none
+# Nothing can be written there, so there is nothing to own; what is there may still be a finished result.
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 _POLL_S = 0.05
 _POLLS = 20  # for the first process to write who it is
 
@@ -68,16 +70,21 @@ def with_paths(config: Config) -> Config:
 @contextlib.contextmanager
 def owned(place: Path, option: str = "--out") -> Iterator[None]:
     """Hold the lock of an output while the block runs; `UserError` if another process holds it."""
-    lock = beside(real_path(place), "lock")
+    lock, descriptor = beside(real_path(place), "lock"), None
     with os_errors(f"write {place}", OTHER_PLACE):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(lock, place, option)
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = _take(lock, place, option)
+        except OSError as error:
+            if error.errno not in _NOT_OURS:
+                raise
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(lock)  # still held: nobody can have taken it meanwhile
-        os.close(descriptor)
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(lock)  # still held: nobody can have taken it meanwhile
+            os.close(descriptor)
 
 
 def _take(lock: Path, place: Path, option: str) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -29,6 +30,7 @@ MANIFEST, ARRAYS, GOLDEN = "manifest.json", "arrays.safetensors", "golden.safete
 ARRAY_FILE = re.compile(r"[a-z][a-z0-9_]*\.safetensors", re.ASCII)  # no separators: stays in the directory
 AGAIN = "write the checkpoint again"
 LIMIT_BYTES = 1 << 20  # ours has a few thousand; a foreign one is not worth the memory
+COMMIT_VARIABLE = "BOOSTER_SOCCER_COMMIT"  # of copied code, set by cloud/stage.py
 _OTHER_COPY = "use another copy, or write it again"
 _TYPES = {
     "format": str,
@@ -231,7 +233,10 @@ def action_layer() -> dict[str, Any]:
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """Commit of this code and whether files differ from it; null where it has no git tree of its own."""
+    """Commit of this code and whether files differ from it; null where it has no git tree of its own.
+
+    There, on a cluster, the commit is what COMMIT_VARIABLE says.
+    """
     here = Path(__file__).resolve().parents[2]
 
     def git(*command: str) -> str:
@@ -244,7 +249,7 @@ def code() -> dict[str, Any]:
             return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         pass
-    return {"commit": None, "dirty": None}
+    return {"commit": os.environ.get(COMMIT_VARIABLE), "dirty": None}
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from booster_soccer.store.manifests import MANIFEST, finite, plain
 from booster_soccer.store.places import check_output_dir, delete, places
 from booster_soccer.store.replay import REFILL, Replay, Rows, Segments
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.store.watchdog import ITERATION_S, SLOW_S, Watchdog
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RecordConfig:
     judge_every: int = 500_000  # steps
     checkpoint_every: int = 200_000  # steps between saved states ...
     checkpoint_interval_s: float = 120.0  # ... and the least time between them
+    video_every_s: float = 0.0  # least time between videos of the judged policy, <out>.videos/<steps>.mp4; 0: none
     # Leave the last saved state there at the end: once `out` is moved away, `--resume` goes on with more steps.
     keep_state: bool = False
 
@@ -197,7 +199,7 @@ class Run:
         first_step, before_s = self.steps, _last_recorded(self.metrics_path, "wall_s")
         bar = tqdm(total=total_steps, initial=first_step, unit="step", unit_scale=True, mininterval=5,
                    disable=not sys.stderr.isatty())  # fmt: skip
-        with bar:
+        with bar, Watchdog() as watchdog:
             while True:
                 # First what is due at this step, so that a run which goes on finds it due as well.
                 elapsed_s = time.monotonic() - started
@@ -208,6 +210,7 @@ class Run:
                 judge_due = self._due("judge", self.records.judge_every, finished)
                 in_time = time.monotonic() - last_save_s >= self.records.checkpoint_interval_s
                 save_due = self._due("save", self.records.checkpoint_every, finished) and (in_time or finished)
+                watchdog.expect(f"what is due at step {self.steps:,}", SLOW_S)
                 if (log_due or judge_due or save_due or stop.received) and stage.diverged():
                     self._note_divergence()
                     return
@@ -225,6 +228,8 @@ class Run:
                     raise SystemExit(stop.status)
                 if finished:
                     return
+                limit_s = SLOW_S if self.steps == first_step else ITERATION_S  # at first programs are compiled
+                watchdog.expect(f"the iteration after step {self.steps:,}", limit_s)
                 steps = stage.advance()
                 self.steps += steps
                 bar.update(steps)

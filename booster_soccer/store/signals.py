@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from booster_soccer.errors import UserError
 
 STOPPED = 128 + signal.SIGTERM  # exit status after SIGTERM
 _DEADLINE_S = 9.0
+_PATIENCE_OF_LAUNCHER_S = _DEADLINE_S + 0.5
 _PATIENCE_S = 1.0  # after Ctrl-C, before somebody is told why nothing seems to happen
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAUNCHER = "BOOSTER_SOCCER_LAUNCHER"  # the process that a stage ends with
@@ -128,6 +130,16 @@ def _end(number: signal.Signals, why: str) -> None:
 
 
 # --- a process and its launcher ---------------------------------------------------------------------------
+
+
+def end(process: subprocess.Popen) -> None:
+    """Pass SIGTERM on, and wait until the process has saved and ended; SIGKILL if it does not."""
+    process.terminate()
+    try:
+        process.wait(_PATIENCE_OF_LAUNCHER_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def as_launcher() -> dict[str, str]:

@@ -40,7 +40,7 @@ Tracker = Literal["wandb", "mlflow", "none"]
 VARIABLE = "BOOSTER_TRACK"  # changes the default of --track, for a machine where the trackers are never wanted
 PARENT_VARIABLE = "BOOSTER_PARENT_RUN"  # the place of the run that a stage is a part of: the chain's
 _ROOT = Path(__file__).resolve().parents[2]
-_PATIENCE_S = 60.0  # for trackers at the end of a stage; those that know that they are broken end at once
+_PATIENCE_S = 120.0  # for trackers at the end of a stage; those that know that they are broken end at once
 _PATIENCE_STOPPED_S = 2.0  # after SIGTERM, with ten seconds for everything
 
 
@@ -219,7 +219,7 @@ class Recorder:
             | {
                 "status": status,
                 "numbers": plain(dict(result.numbers)),
-                "files": [str(Path(file).resolve()) for file in result.files],
+                "files": [str(file.resolve()) for file in result.files],
                 "checkpoint": None if checkpoint is None else str(checkpoint.path.resolve()),
                 "hash": None if checkpoint is None else checkpoint.hash,
                 "claim": None if result.claim is None else [str(path.resolve()) for path in result.claim],

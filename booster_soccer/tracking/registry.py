@@ -7,6 +7,7 @@ episodes.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.checkpoints import Checkpoint
 
-CATALOG, SCHEMA = "booster_soccer", "rl_models"  # in Unity Catalog, where names have three levels
+CATALOG_VARIABLE = "BOOSTER_CATALOG"  # of Unity Catalog, where names have three levels; set by cloud/bundle.py
+CATALOG, SCHEMA = "booster_soccer", "rl_models"
 
 
 class Model(NamedTuple):
@@ -50,7 +52,8 @@ _SIGNATURE = ModelSignature(
 def model_name(stage: str) -> str:
     """The registered model of a stage, as the registry in use calls it."""
     name = MODELS[stage].name
-    return f"{CATALOG}.{SCHEMA}.{name}" if mlflow.get_registry_uri().startswith("databricks-uc") else name
+    catalog = os.environ.get(CATALOG_VARIABLE, CATALOG)
+    return f"{catalog}.{SCHEMA}.{name}" if mlflow.get_registry_uri().startswith("databricks-uc") else name
 
 
 def find(client: MlflowClient, stage: str, hash_: str) -> str | None:

@@ -1,12 +1,13 @@
-"""Results on the screen and on the disk: tables and plot of what `scores.evaluate` returns, and JSON files."""
+"""Results on the screen and on the disk: tables of what `scores.evaluate` returns, and JSON files."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -83,7 +84,7 @@ def print_episode(result: dict, title: str) -> None:
         table.add_row(f"term {name}", f"{value:+.6f}")
     table.add_section()
     for name, value in result.items():
-        if name != "terms":
+        if name not in ("terms", "path"):
             table.add_row(name, f"{value:.6f}" if isinstance(value, float) else f"{value}")
     Console().print(table)
 
@@ -145,25 +146,13 @@ def _spread_text(spread: dict) -> str:
     return f"{spread['mean']:.2f} ± {spread['std']:.2f}" if spread["n"] else ""
 
 
-def plot(result: dict, title: str, file: Path) -> None:
-    """Write a histogram of each task's scores, by how the episodes ended, with mean and interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (task, of_task) in zip(figure.subplots(1, len(result["tasks"])), result["tasks"].items()):
-        by_ending = {
-            name: [row["score"] for row in of_task["results"] if row["ending"] == name] for name in of_task["endings"]
-        }
-        scores = sum(by_ending.values(), [])
-        bins = np.linspace(np.nanmin(scores) - 0.05, np.nanmax(scores) + 0.05, 31)
-        axes.hist(list(by_ending.values()), bins, stacked=True, label=list(by_ending))
-        axes.axvspan(*of_task["ci95"], color="black", alpha=0.2, label="95 % CI of the mean")
-        axes.axvline(of_task["mean"], color="black", label="mean")
-        heading = f"{task}: {of_task['mean']:+.2f} ({_interval_text(of_task['ci95'])}), n = {len(scores)}"
-        axes.set(title=heading, xlabel="official score", ylabel="episodes")
-        axes.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(file)
+def replay_command(result: dict, row: dict) -> str:
+    """The command that plays one of the evaluated episodes again, with the same score."""
+    which = ("--checkpoint", result["checkpoint"]) if "checkpoint" in result else ("--policy", result["policy"])
+    words = [sys.executable, "evaluate.py", *which, "--only", f"{row['task']}:{row['seed']}"]
+    if result["start_noise_rad"] > 0.0:
+        words += ["--start-noise", result["start_noise_rad"]]
+    return shlex.join(map(str, words))
 
 
 def finished(file: Path | None, identity: dict) -> dict | None:
@@ -194,9 +183,12 @@ def finished(file: Path | None, identity: dict) -> dict | None:
 
 def write_json(content: dict, file: Path) -> None:
     """Write a new JSON file; a number that is not finite is null there (`manifests.finite`)."""
+    text = json.dumps(finite(content), indent=2, allow_nan=False)
+    # Indented, but for lists of numbers: a path of an episode has hundreds.
+    text = re.sub(r"\[[\s\d.,eE+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
     with file.open("x") as stream:
         try:
-            stream.write(json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+            stream.write(text + "\n")
             stream.flush()
         except OSError:
             file.unlink()  # on a full disk; half a file would only be in the way

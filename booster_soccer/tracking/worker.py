@@ -30,7 +30,7 @@ _POLL_S = 1.0  # between two looks at the metrics file
 _AGAIN_S = 10.0  # before a tracker that failed is tried again, then twice as long, up to five minutes
 _AGAIN_MAX_S = 300.0
 _LOCK_S = 90.0  # for the process of the attempt before to end
-_ORPHAN_S = 90.0  # to the end, once the run is gone or has said its last word
+_ORPHAN_S = 150.0  # to the end, once the run is gone or has said its last word
 
 
 class Tail:
@@ -125,8 +125,7 @@ def serve(writer: Writer, place: Path, info: dict[str, Any], messages: queue.Que
             else:
                 _pass_on(writer, message)
         delivery.add(tail.read())
-        if end is None or delivery.error is None:  # at the end one that fails is not waited for
-            delivery.try_now()
+        delivery.try_now()
     try:
         if delivery.error is not None:
             raise delivery.error

@@ -2,14 +2,14 @@
 
     python -m tests.long.kill_resume --trials 50
     python -m tests.long.kill_resume --trials 2 --stages pretrain
+    python -m tests.long.kill_resume --trials 20 --stages toy
 
 Each trial is one run, killed once and started again with the same command. A third of the kills wait until
 something of a saved state is just being written; one in ten may come before the first one is there. Before that the
 first trial gets SIGTERM, and must end within 10 s, and every second one Ctrl-C. The run never killed and every trial
-must end with the same
-bits: result, policy, learner, lanes, random generators and counters. The runs are small, but wrap their buffer,
-randomise, save often, judge on the way, and in fine-tuning thaw layers inside the killed span. Nobody may edit
-the code meanwhile. Exit status 1 if one trial differs.
+must end with the same bits: result, policy, learner, lanes, random generators and counters. The runs are small, but
+wrap their buffer, randomise, save often, judge on the way, and in fine-tuning thaw layers inside the killed span.
+Nobody may edit the code meanwhile. Exit status 1 if one trial differs.
 """
 
 import os
@@ -53,6 +53,8 @@ STAGES = {
     # The other engine, of which one call is 20 actions of every lane; it compiles for minutes.
     "mjx": f"{_PRETRAIN} --engine mjx --num-envs 4 --checkpoint-every 80 --resume-buffer saved".split(),
     "finetune": f"{_FINETUNE} --preset scratch".split(),
+    # A toy for a learner (`tests/toy_stage.py`): the life of a run alone, in seconds.
+    "toy": ["-m", "tests.toy_stage", "--total-steps", "400", "--step-s", "0.03", "--keep-state"],
 }
 
 
@@ -61,7 +63,7 @@ class Config:
     """What is tried."""
 
     trials: int = 50  # of each stage
-    stages: tuple[Literal["pretrain", "mjx", "finetune"], ...] = ("pretrain", "finetune")
+    stages: tuple[Literal["pretrain", "mjx", "finetune", "toy"], ...] = ("pretrain", "finetune")
     keep: Path | None = None  # new directory for the runs that fail; None: a temporary one, deleted afterwards
 
 
@@ -87,7 +89,7 @@ class Run:
         """Start it in a process group of its own."""
         # Compiled code is kept between the processes: the same code, and a resumed run starts in seconds.
         environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(self.place.resolve() / "compiled"), "MUJOCO_GL": "disable",
+            "JAX_COMPILATION_CACHE_DIR": str(self.place.resolve() / "compiled"), "BOOSTER_TRACK": "none",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }  # fmt: skip
         command = [sys.executable, *STAGES[self.stage], "--out", str(self.out.resolve()), "--resume"]

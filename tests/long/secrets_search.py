@@ -4,8 +4,8 @@
 
 Searched: stdout and stderr, every file under the run, the home, the temporary and the working directory, and
 inside archives; for each key as it is, and in base64, hex and percent encoding. The last stage sends the package
-to a stub of the platform on this machine that refuses it and repeats the key in its answer. Stages are as small
-as they can be; a gate that fails is no failure here.
+to a stub of the platform on this machine that refuses it and repeats the key in its answer; W&B sends to a stub as well
+(MLflow writes to its database here). Stages are as small as they can be; a gate that fails is no failure here.
 """
 
 import base64
@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from tests.long.kill_resume import ROOT, STAGES
+from tests.long.trackers import serving
 from tests.test_submit import Platform, _serve
 
 # What a machine of the user's may hold; no value is part of another, and none means anything.
@@ -105,16 +106,16 @@ def in_files(place: Path) -> list[str]:
 # --- the run ------------------------------------------------------------------------------------------
 
 
-def run_and_search(place: Path, stages: Collection[str] | None = None) -> list[str]:
+def run_and_search(place: Path, stages: Collection[str] | None = None, track: str = "none") -> list[str]:
     """Run some stages, or all, in an empty directory, and search it; returns one line for each key found."""
     home, tmp, cwd, output = (place / name for name in ("home", "tmp", "cwd", "output"))
     for directory in (home, tmp, cwd, output):
         directory.mkdir()
-    environment = os.environ | KEYS | {"HOME": str(home), "TMPDIR": str(tmp), "WANDB_MODE": "offline",
+    environment = os.environ | KEYS | {"HOME": str(home), "TMPDIR": str(tmp), "BOOSTER_TRACK": track,
                                        "MUJOCO_GL": "disable"}  # fmt: skip
     chosen = {stage: scripts for stage, scripts in commands(place / "run").items() if stage in (stages or [stage])}
-    with _serve(Platform(submission_status=401)) as platform:
-        environment["SAI_API_BASE"] = platform.url
+    with _serve(Platform(submission_status=401)) as platform, serving("ok") as tracker:
+        environment |= {"SAI_API_BASE": platform.url, "WANDB_BASE_URL": tracker.url}
         for stage, scripts in chosen.items():
             for number, (script, *arguments) in enumerate(scripts):
                 command = [sys.executable, str(ROOT / script), *arguments]
@@ -125,8 +126,11 @@ def run_and_search(place: Path, stages: Collection[str] | None = None) -> list[s
                 assert done.returncode in _STATUS.get(stage, (0,)) and "Traceback" not in said, said[-300:]
     if "refused" in chosen:
         assert platform.key == KEYS["SAI_API_KEY"], "the platform's stub never saw the key: the search proves nothing"
+    if "wandb" in track:
+        basic = "Basic " + base64.b64encode(f"api:{KEYS['WANDB_API_KEY']}".encode()).decode()
+        assert basic in tracker.authorizations, "W&B's stub never saw the key: the search proves nothing"
     return in_files(place)
 
 
 def test_no_stage_leaves_a_key(tmp_path):
-    assert run_and_search(tmp_path) == []
+    assert run_and_search(tmp_path, track="wandb mlflow") == []

@@ -1,6 +1,7 @@
 """The chain again and again on its shortest settings, each time with a random fault; every end must be a clean one.
 
     python -m tests.long.soak --minutes 60
+    python -m tests.long.soak --minutes 10 --toys --longest-s 10
 
 A clean end is: every stage finished (status 0, and a summary), a refusal in one line (status 2), or a state that the
 next time goes on from with `--resume` (killed, or ended by a signal with its status). Never a traceback, or a process
@@ -27,6 +28,7 @@ import tyro
 import chain
 from booster_soccer import errors, terminal
 from booster_soccer.store import checkpoints
+from booster_soccer.tracking.record import Result
 from tests.long.kill_resume import ROOT, STAGES
 
 _LONGEST_S = 1200.0  # before a fault comes, or a chain is waited for
@@ -40,6 +42,7 @@ class Config:
     minutes: float = 60.0
     seed: int = 0
     longest_s: float = 60.0  # a signal comes within this time
+    toys: bool = False  # toys for stages (`tests/toy_stage.py`): the chain and the life of runs alone, in seconds
 
 
 # --- the shortest chain -------------------------------------------------------------------------------------
@@ -67,10 +70,22 @@ def _without(command: list[str], *words: str) -> list[str]:
 _stages = chain.stages
 
 
-def run_chain(out: str, how: str) -> None:
-    """In its own process: the chain with the shortest commands."""
+def toys(config: chain.Config, out: Path) -> dict[str, list[list[str]]]:
+    """Two long stages, and nothing of the others."""
+    resume = ["--resume"] if config.resume else []
+    names = ("pretrain", "finetuned")
+    return {name: [["toy_stage.py", "--step-s", "0.2", "--out", str(out / name), *resume]] for name in names}
+
+
+def run_chain(out: str, how: str, what: str) -> None:
+    """In its own process: the chain with the shortest commands, or with toys."""
     terminal.begin("__main__")
     chain.EPISODES["demo"], chain.stages = 1, shortest
+    if what == "toys":
+        chain.SCRIPTS, chain.stages, chain.evaluations = ROOT / "tests", toys, lambda *_: []
+        chain.tracked = lambda *_: Result()  # there is no fine-tuned policy
+        (Path(out) / "submission").mkdir(parents=True, exist_ok=True)
+        (Path(out) / "submission" / "score.json").write_text('{"mean": 0.0}')
     errors.run(chain.main, chain.Config(out=Path(out), resume=how == "resume"))
 
 
@@ -80,17 +95,19 @@ def run_chain(out: str, how: str) -> None:
 class Attempt:
     """One start of the chain, and what is done to it."""
 
-    def __init__(self, out: Path, rng: random.Random, longest_s: float):
-        self.out, self.rng, self.longest_s = out, rng, longest_s
+    def __init__(self, out: Path, rng: random.Random, config: Config):
+        self.out, self.rng, self.longest_s = out, rng, config.longest_s
+        self.what = "toys" if config.toys else "stages"
         self.log = out.parent / "log"
         self.statuses: set[int] = {0}  # that it may end with
 
     def start(self, before: str = "", **environment: str) -> subprocess.Popen:
         """Start it in a session of its own; `before` are commands of the shell."""
         program = "import sys; from tests.long import soak; soak.run_chain(*sys.argv[1:])"
-        command = ["bash", "-c", f'{before} exec "$@"', "bash", sys.executable, "-c", program, str(self.out), "resume"]
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "MUJOCO_GL": "disable",
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+        command = ["bash", "-c", f'{before} exec "$@"', "bash", sys.executable, "-c", program, str(self.out), "resume",
+                   self.what]  # fmt: skip
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "BOOSTER_TRACK": "none",
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}  # fmt: skip
         with self.log.open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, env=os.environ | compiled | environment, stdout=log, stderr=log,
                                     stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -198,7 +215,7 @@ def main(config: Config) -> bool:
         out = Path(place) / "chain"
         while time.monotonic() < limit:
             fault = rng.choice(sorted(FAULTS))
-            attempt = Attempt(out, rng, config.longest_s)
+            attempt = Attempt(out, rng, config)
             attempt.log.unlink(missing_ok=True)
             process = FAULTS[fault](attempt)
             problem = attempt.wait(process)
@@ -208,7 +225,7 @@ def main(config: Config) -> bool:
                 clean = False
                 print(attempt.log.read_text(errors="replace")[-3000:], flush=True)
             if process.returncode == 0:
-                checkpoints.load(out / "finetuned", ("finetuned",))
+                checkpoints.load(out / "finetuned")
                 finished += 1
                 shutil.rmtree(out)
             elif process.returncode == 2 and fault in ("a damaged state", "few open files"):
