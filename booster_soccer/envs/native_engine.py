@@ -23,7 +23,7 @@ class NativeEngine:
     def __init__(self, num_envs: int, num_threads: int = 2, dr_level: int = 0, seed: int = 0):
         model = load_native_model()
         # MuJoCo's own way is to append to a file in the working directory; `step` reports broken lanes itself.
-        mujoco.set_mju_user_warning(_ignore)
+        mujoco.set_mju_user_warning(lambda warning: None)
         self.num_envs = num_envs
         self._randomizer = Randomizer(model, dr_level)
         # One generator a lane, so that a lane's physics does not depend on how often the others are reset.
@@ -115,7 +115,3 @@ class NativeEngine:
                 restore_rng(self._rngs[lane], arrays["rng"][lane])
                 for name in Physics._fields:
                     getattr(model, name)[:] = arrays[name][lane]
-
-
-def _ignore(warning: str) -> None:
-    """Take a warning of MuJoCo's."""
