@@ -129,12 +129,12 @@ def measure(config: Config, subject: Subject, identity: dict[str, Any]) -> dict:
 def write(config: Config, subject: Subject, result: dict) -> list[Path]:
     """Write the result's files that are named, but for the video; returns them. A result's file may be there."""
     files = []
+    if config.json is not None and not config.json.exists():
+        report.write_json(result, config.json)
     if config.plot is not None:
         plots.scores(result, subject.title).savefig(config.plot)
         files.append(config.plot)
     if config.json is not None:
-        if not config.json.exists():
-            report.write_json(result, config.json)
         files.append(config.json)
         if config.only is None:
             files += stage_pages.of_evaluation(config.json)

@@ -1,6 +1,6 @@
 """What the main choices of pre-training are worth: the same recipe with one thing changed, for the same wall time.
 
-    python benchmarks/ablation.py --out runs/ablation --minutes 20 --seeds 0 1
+    python -m benchmarks.ablation --out runs/ablation --minutes 20 --seeds 0 1
 
 Each run is a pre-training from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is not run
 again, so the same command goes on. Output: a table of each arm's last judgements, the official score on the twin; an
@@ -9,7 +9,6 @@ steps.
 """
 
 import multiprocessing
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +18,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.learning import read_judgements  # noqa: E402
-from booster_soccer import errors  # noqa: E402
+from benchmarks.learning import read_judgements
+from booster_soccer import errors
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError  # noqa: E402
+from booster_soccer.errors import UserError
 from booster_soccer.store.manifests import MANIFEST
+from booster_soccer.tracking.record import TrackConfig
 
 _LAST = 3  # judgements that are averaged
 _JUDGE_EVERY = 200_000
@@ -95,6 +92,7 @@ def settings(arm: str, seed: int, config: Config):
         records=replace(base.records, judge_every=_JUDGE_EVERY),
         judge_episodes=64,
         time_limit_s=60.0 * config.minutes,
+        tracking=TrackConfig(("none",)),
     )
 
 

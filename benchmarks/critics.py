@@ -1,6 +1,6 @@
 """How well a converted checkpoint's critics predict the returns of its own policy, in our scene and in the twin.
 
-    python benchmarks/critics.py --checkpoint runs/cpu/converted [--episodes 50] [--discount 0.99]
+    python -m benchmarks.critics --checkpoint runs/cpu/converted [--episodes 50] [--discount 0.99]
 
 The policy plays without exploration noise from official starts with joint noise; at every action the critics' mean
 value is held against the discounted dense return that followed, to the episode's end. Output: for each task and side
@@ -8,7 +8,6 @@ the returns' spread, the root mean square error, and the share of the returns' v
 sides pay the same dense reward (`rewards/dense.py`), so what differs is the physics and the rules.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from booster_soccer import errors
 from booster_soccer.agents.ddpg import critics_from_arrays

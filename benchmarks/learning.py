@@ -1,7 +1,7 @@
 """Wall time and steps from nothing to mean scores of -0.80 (what standing brings), 0, +4.0 and +8.0.
 
     python train_mjx_sac.py --preset cpu --seed 0 --judge-every 250000 --out runs/learning/seed0
-    python benchmarks/learning.py --metrics runs/learning/seed0.metrics.jsonl [MORE ...] [--plot FILE.png]
+    python -m benchmarks.learning --metrics runs/learning/seed0.metrics.jsonl [MORE ...] [--plot FILE.png]
 
 Input: the metrics of finished or running pre-trainings. Output: a table of the first judgement at or above each score,
 and with `--plot` the learning curves against wall time and steps. Scores are official ones on the twin, always on the
@@ -9,7 +9,6 @@ same starts with joint noise; how often a run judges is the resolution of the an
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from booster_soccer import errors  # noqa: E402
-from booster_soccer.errors import UserError  # noqa: E402
+from booster_soccer import errors
+from booster_soccer.errors import UserError
 
 SCORES = (-0.80, 0.0, 4.0, 8.0)
 

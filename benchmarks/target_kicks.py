@@ -1,20 +1,17 @@
 """Why target episodes end as they do: the first kick, the run after the ball, and hits, falls and lost balls.
 
-    python benchmarks/target_kicks.py [--checkpoint assets/policies/final] [--episodes 100] [--start-noise 0.02]
+    python -m benchmarks.target_kicks [--checkpoint assets/policies/final] [--episodes 100] [--start-noise 0.02]
 
 Input: a checkpoint of any stage, played in the twin. Output: three tables. The first kick is the first action after
 which the ball's centre is faster than 0.5 m/s; its motion is read 0.2 s later. Directions are absolute angles,
 horizontal; speeds of the robot are means over 0.1 s.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from booster_soccer import errors
 from booster_soccer.agents.policy import policy_from_arrays

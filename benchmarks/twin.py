@@ -1,6 +1,6 @@
 """Speed of the twin against the official Python environments, on this machine, in one run.
 
-    python benchmarks/twin.py [--lanes 256] [--threads 2] [--repeats 5]
+    python -m benchmarks.twin [--lanes 256] [--threads 2] [--repeats 5]
 
 Input: the installed `sai-mujoco`. Output: a table. The robot holds the default pose, from the start to 0.8 s,
 in every column.
@@ -15,26 +15,22 @@ All columns take turns, 0.1 s of simulated time each, and each such piece counts
 """
 
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported
 
-import mujoco  # noqa: E402
-import numpy as np  # noqa: E402
-import tyro  # noqa: E402
+import mujoco
+import numpy as np
+import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from booster_soccer import errors  # noqa: E402
+from booster_soccer import errors
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd
-from booster_soccer.envs.cores import usable_cores  # noqa: E402
-from booster_soccer.envs.twin import TwinEnv  # noqa: E402
+from booster_soccer.envs.cores import usable_cores
+from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.envs.twin_physics import memory_of
 
 _PIECES, _PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
@@ -60,32 +56,30 @@ def _torque_nm(obs: np.ndarray) -> np.ndarray:
 # Each of these prepares up to its first yield, and then plays one piece up to each further one.
 
 
-def play_official(env: official.TaskIndex) -> Iterator[None]:
-    """One official environment."""
-    obs, _ = env.reset(seed=0)
+def pieces(start: Callable, step: Callable, calls: int = _PIECE_STEPS) -> Iterator[None]:
+    """`start()` gives the observation of the first of the `calls` of `step(obs)` in a piece, each that of the next."""
+    obs = start()
     while True:
         yield
-        for _ in range(_PIECE_STEPS):
-            obs, *_ = env.step(_torque_nm(obs))
+        for _ in range(calls):
+            obs = step(obs)
+
+
+def play_official(env: official.TaskIndex) -> Iterator[None]:
+    """One official environment."""
+    return pieces(lambda: env.reset(seed=0)[0], lambda obs: env.step(_torque_nm(obs))[0])
 
 
 def play_torque(env: TwinEnv) -> Iterator[None]:
     """The 500 Hz path."""
-    obs, _ = env.reset(range(env.num_lanes))
-    while True:
-        yield
-        for _ in range(_PIECE_STEPS):
-            obs = env.step_torque(_torque_nm(obs)).obs
+    return pieces(lambda: env.reset(range(env.num_lanes))[0], lambda obs: env.step_torque(_torque_nm(obs)).obs)
 
 
 def play_action(env: TwinEnv) -> Iterator[None]:
     """The 50 Hz path."""
-    env.reset(range(env.num_lanes))
     action = np.tile(_ACTION, (env.num_lanes, 1))
-    while True:
-        yield
-        for _ in range(_PIECE_STEPS // c.PHYSICS_STEPS_PER_ACTION):
-            env.step_action(action)
+    calls = _PIECE_STEPS // c.PHYSICS_STEPS_PER_ACTION
+    return pieces(lambda: env.reset(range(env.num_lanes)), lambda _: env.step_action(action), calls)
 
 
 def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:

@@ -11,9 +11,9 @@ from booster_soccer.envs import constants as c
 from booster_soccer.envs import twin_source
 from booster_soccer.rollout import scores
 from booster_soccer.rollout.play import EpisodeResult
-from booster_soccer.tracking import advice, page, stage_pages
+from booster_soccer.tracking import advice, page, plots, stage_pages
 from booster_soccer.tracking.page import Section, Table
-from tests import small_checkpoints
+from tests import metric_names, small_checkpoints
 
 _PATH = [[0.0, -6.8, 0.0, -8.8, 0.0, 0.12], [0.1, -6.9, 0.0, -8.8, 0.1, 0.12]]
 _SEED = 2**63 + 11  # more bits than a number of JavaScript has
@@ -247,3 +247,8 @@ def test_advice_of_gates_and_of_a_chain():
     assert [one.rule for one in advice.of_chain(scored, {"result": "start"})] == ["short of time"]
     assert advice.of_chain(scored, {"result": "candidate"}) == []
     assert advice.of_chain(scored | {"converted": {"mean": -1.0, "ci95": [-2.0, 0.0]}}, {"result": "start"}) == []
+
+
+def test_every_number_of_the_gpu_has_a_unit():
+    watched = [name for name in metric_names.documented("pretrained") if name.startswith("gpu/")]
+    assert watched and [name for name in watched if not plots.unit_of(name)] == []

@@ -22,9 +22,14 @@ from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Run
 from tests import metric_names
-from tests.small_pretraining import COLLECT, LANES, LEARNER, RECORDS, config, no_judge
+from tests.small_pretraining import CALL, COLLECT, LANES, LEARNER, RECORDS, config, no_judge
 
 # --- the learner ------------------------------------------------------------------------------------------
+
+
+def optimised(update):
+    """Compiled with what `conftest.py` switches off: here hundreds of updates follow."""
+    return jax.jit(update, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def test_log_probability_matches_numerical_density():
@@ -61,7 +66,7 @@ def test_bandit_actor_finds_the_best_action():
     """One-step episodes with reward -|a - 0.5|^2: the mean action goes to 0.5 and Q to zero."""
     learner = Sac(SacConfig(learning_rate=(1e-3, 1e-3), mirror=False))
     state = learner.init(jax.random.key(0))
-    update = jax.jit(learner.update_many)
+    update = optimised(learner.update_many)
     rng = np.random.default_rng(0)
     for _ in range(80):
         action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
@@ -77,7 +82,7 @@ def test_only_termination_stops_the_bootstrap(terminated, expected):
     """Reward 1 for ever at discount 0.5: Q is 2; if every step terminates, Q is 1."""
     learner = Sac(SacConfig(discount=(0.5, 0.5), target_tau=0.1, learning_rate=(1e-3, 1e-3), mirror=False))
     state = learner.init(jax.random.key(0))
-    update = jax.jit(learner.update_many)
+    update = optimised(learner.update_many)
     rng = np.random.default_rng(0)
     for _ in range(40):
         shape = (10, 32)
@@ -144,7 +149,7 @@ def test_the_actor_first_does_as_its_teachers_and_then_as_the_critics_say(ramp, 
     settings = SacConfig(learning_rate=(1e-3, 1e-3), mirror=False, imitation=(1.0, 0.0))
     learner = Sac(settings, _teachers((-0.6, -0.3, 0.2)))
     state = learner.init(jax.random.key(0))
-    update = jax.jit(learner.update_many)
+    update = optimised(learner.update_many)
     rng = np.random.default_rng(0)
     for _ in range(80):
         action = rng.uniform(-1, 1, (10, 128, c.NUM_JOINTS)).astype(np.float32)
@@ -176,11 +181,26 @@ def test_pairs_of_settings_go_from_the_first_to_the_last():
 # --- the script -------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_a_checkpoint_and_the_same_seed_gives_the_same_bits(tmp_path, monkeypatch):
+class Killed(Exception):
+    """The machine was taken away."""
+
+
+def test_a_run_writes_a_checkpoint_and_one_killed_on_the_way_ends_with_the_same_bits(tmp_path, monkeypatch):
     """The first one judged by the real judge."""
     first = checkpoints.load(train.main(config(tmp_path / "a")), ("pretrained",))
     monkeypatch.setattr(train, "judge", no_judge)
-    second = checkpoints.load(train.main(config(tmp_path / "b")))
+    # Its state is saved in the middle of learning, when rows have been drawn from its buffer.
+    often = replace(RECORDS, checkpoint_every=3 * CALL // 2 * LANES)
+    killed, save = config(tmp_path / "b", records=often), train.Run.save
+
+    def save_and_die(run, subject):
+        save(run, subject)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Run, "save", save_and_die)
+        train.main(killed)
+    second = checkpoints.load(train.main(replace(killed, resume=True)))
     for name, values in first.arrays.items():
         np.testing.assert_array_equal(values, second.arrays[name], err_msg=name)
     actions = policy_from_arrays(first.arrays)(first.golden_obs)

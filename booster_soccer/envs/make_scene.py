@@ -1,6 +1,6 @@
-"""Write `booster_soccer/envs/mjx_scene.xml`: robot, ball, ground and goal with the official model's physical numbers.
+"""Write `mjx_scene.xml` beside this file: robot, ball, ground and goal with the official model's physical numbers.
 
-    python -m assets.make_scene            # rewrites booster_soccer/envs/mjx_scene.xml
+    python -m booster_soccer.envs.make_scene
 
 Input: the installed `sai-mujoco` (its compiled KickToTarget model). Output: an MJCF without meshes, which
 MuJoCo and MJX load anywhere. Every mass, inertia, joint, limit, motor and site is read from the compiled

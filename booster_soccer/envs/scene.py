@@ -150,14 +150,9 @@ def write_pd_layer(model: mujoco.MjModel) -> mujoco.MjModel:
     for i, name in enumerate(c.JOINT_NAMES):
         actuator = model.actuator(name).id
         model.actuator_biastype[actuator] = mujoco.mjtBias.mjBIAS_AFFINE
-        set_pd_gains(model, actuator, c.KP_NM_PER_RAD[i], c.KD_NMS_PER_RAD[i])
+        model.actuator_gainprm[actuator, 0] = c.KP_NM_PER_RAD[i]
+        model.actuator_biasprm[actuator, 1:3] = (-c.KP_NM_PER_RAD[i], -c.KD_NMS_PER_RAD[i])
         model.actuator_forcelimited[actuator] = 1
         model.actuator_forcerange[actuator] = (-c.TORQUE_LIMIT_NM[i], c.TORQUE_LIMIT_NM[i])
         model.actuator_ctrllimited[actuator] = 0
     return model
-
-
-def set_pd_gains(model: mujoco.MjModel, actuator: int, kp: float, kd: float) -> None:
-    """Set one PD actuator's gains in N m/rad and N m s/rad."""
-    model.actuator_gainprm[actuator, 0] = kp
-    model.actuator_biasprm[actuator, 1:3] = (-kp, -kd)

@@ -5,11 +5,10 @@
     step = env.step_action(action)        # 50 Hz: ten physics steps, the platform's PD torque at each
     step = env.step_torque(torque_nm)     # 500 Hz: exactly one `env.step` of the platform
 
-Nine tenths of an official step are Python around the physics. Here the official compiled model (taken from the
-installed package at run time, nothing of it is copied: `twin_source.py`) is stepped by MuJoCo itself
-(`twin_physics.py`), and everything around it is computed for all lanes at once. The arithmetic follows the official
-code operation by operation, so the numbers are equal to the bit, not merely close: a robot in contact doubles an
-error of 1e-16 often enough in 5,000 steps to change a score (`tests/test_twin.py`).
+Nine tenths of an official step are Python around the physics. Here the official compiled model (`twin_source.py`) is
+stepped by MuJoCo itself (`twin_physics.py`), and everything around it is computed for all lanes at once, following the
+official code operation by operation. So the numbers are equal to the bit, not merely close: a robot in contact doubles
+an error of 1e-16 often enough in 5,000 steps to change a score.
 
 * What the official code reads from `MjData` is written into `sensordata` by sensors added to the model.
 * Positions, sensors and contacts are those of the state before the last integration, velocities those after

@@ -8,8 +8,8 @@ take the controls, joints that follow the time. `envs/twin_source.py` brings it,
   lane), and memory does not grow with the lanes. Nothing is lost, because the solver's warm start is part of the row.
 * A row goes in and comes out as one copy of a stretch of `MjData`'s memory: little Python per step, and the
   interpreter lock changes hands once a step (`mj_setState` and `mj_getState` would let it go as well).
-* Each thread takes the next lane when it is done: two cores of one machine are rarely equally fast. Shards that
-  overlap one's rules with another's physics, and worker processes over shared memory, were tried (docs/twin.md).
+* Each thread takes the next lane when it is done: two cores of one machine are rarely equally fast. What else was
+  tried: docs/twin.md.
 * What one wants to read from `MjData` is written into `sensordata` by sensors added to the model. They have no part
   in the dynamics. They show the state before the last integration, qpos and qvel the one after it.
 """

@@ -7,7 +7,7 @@ Polar vectors (positions, velocities) flip y; axial ones (angular velocities) fl
 import numpy as np
 
 from booster_soccer.envs import constants as c
-from booster_soccer.preprocess.observation import TABLE, Row
+from booster_soccer.preprocess.observation import Row
 
 _HALF = c.NUM_JOINTS // 2
 # Pitch joints keep their sign, roll and yaw joints change it.
@@ -32,14 +32,6 @@ def mirror_table(table: tuple[Row, ...]) -> tuple[np.ndarray, np.ndarray]:
             sign.append(np.ones(row.width, np.float32) if row.frame == "none" else np.tile(vector, row.width // 3))
         start += row.width
     return np.concatenate(permutation), np.concatenate(sign)
-
-
-_OBS_PERMUTATION, _OBS_SIGN = mirror_table(TABLE)
-
-
-def mirror_observation(obs):
-    """Mirrored observations (..., 87)."""
-    return obs[..., _OBS_PERMUTATION] * _OBS_SIGN
 
 
 def mirror_action(action):

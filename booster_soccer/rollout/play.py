@@ -12,7 +12,7 @@ import collections
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -228,7 +228,7 @@ def play_in_workers(
     episodes: Sequence[Episode],
     start_noise_rad: float = 0.0,
     workers: int | None = None,
-    progress: Callable[[Iterator[EpisodeResult]], Iterator[EpisodeResult]] = iter,
+    progress: Callable[[Iterator[EpisodeResult]], Iterable[EpisodeResult]] = iter,
 ) -> list[EpisodeResult]:
     """Play the episodes in worker processes and return their results in the given order.
 

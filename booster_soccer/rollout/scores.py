@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -40,9 +39,9 @@ def evaluate(
     for task in c.TASKS:
         one_episode = task in _SAME_EVERY_SEED and start_noise_rad == 0.0
         to_run += [Episode(task, match_seed) for match_seed in (seeds[:1] if one_episode else seeds)]
-    results = play_in_workers(
-        backend, policy, to_run, start_noise_rad, workers, functools.partial(_with_bar, total=len(to_run))
-    )
+    # A progress bar where somebody looks.
+    bar = functools.partial(tqdm, total=len(to_run), desc="episodes", unit="ep", disable=not sys.stderr.isatty())
+    results = play_in_workers(backend, policy, to_run, start_noise_rad, workers, bar)
     tasks = {
         task: {"episodes": episodes} | _summary([result for result in results if result.task == task])
         for task in c.TASKS
@@ -69,11 +68,6 @@ def check_numbers(episodes: int, seed: int, start_noise_rad: float, workers: int
             f"episodes ({episodes}) and workers ({workers}) must be at least 1, "
             f"seed ({seed}) and start noise ({start_noise_rad}) at least 0"
         )
-
-
-def _with_bar(results: Iterator[EpisodeResult], total: int) -> Iterator[EpisodeResult]:
-    """The results, with a progress bar where somebody looks."""
-    return iter(tqdm(results, total=total, desc="episodes", unit="ep", disable=not sys.stderr.isatty()))
 
 
 def _summary(results: list[EpisodeResult]) -> dict:

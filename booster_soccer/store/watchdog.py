@@ -39,7 +39,7 @@ class Watchdog:
         while not self._ended.wait(_TICK_S):
             self._left_s -= _TICK_S
             if self._left_s <= 0:
-                faulthandler.dump_traceback(all_threads=True)
+                faulthandler.dump_traceback(2, all_threads=True)  # standard error: a notebook's stream has no file
                 line = f"error: {self._what}: the stacks are above, --resume goes on from the last saved state"
                 print(line, file=sys.stderr, flush=True)
                 os._exit(STALLED)

@@ -2,15 +2,15 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from booster_soccer.envs import constants as c
+
+if TYPE_CHECKING:  # as long to import as all else that a script needs, so only where something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Of each task: a colour, from dark to light in grey, and a line.
 STYLES = {"goalie": ("#1f3f7f", "-"), "obstacle": ("#cf5f12", "--"), "target": ("#62b9a6", "-.")}
@@ -32,20 +32,33 @@ UNITS = {
     "gain": "points",
     "checkpoint_s": "s",
     "memory_percent": "%",
-    "utilisation_percent": "%",
+    "utilization_percent": "%",
+    "memory_utilization_percent": "%",
+    "memory_gb": "GB",
     "temperature_c": "°C",
     "power_w": "W",
+    "power_limit_w": "W",
+    "clock_mhz": "MHz",
+    "memory_clock_mhz": "MHz",
 }
 
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: "Figure") -> str:
     """A figure as an SVG element to stand in a page."""
+    from matplotlib import rc_context
+
     text = io.StringIO()
     with rc_context(_TEXT):
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _figure(width_in: float, height_in: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
 def unit_of(name: str) -> str:
@@ -58,9 +71,9 @@ def unit_of(name: str) -> str:
     return UNITS.get(quantity, "")
 
 
-def curves_by_task(curves: Mapping[str, Curve], title: str, mean: str | None = None) -> Figure:
+def curves_by_task(curves: Mapping[str, Curve], title: str, mean: str | None = None) -> "Figure":
     """Curves named `<name>_<task>` over the steps, and their mean, if it is named."""
-    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+    figure = _figure(7.2, 2.9)
     axes = figure.subplots()
     for name, (steps, values) in curves.items():
         task = next((task for task in c.TASKS if name.endswith(task)), None)
@@ -74,11 +87,11 @@ def curves_by_task(curves: Mapping[str, Curve], title: str, mean: str | None = N
     return figure
 
 
-def small_multiples(curves: Mapping[str, Curve]) -> Figure:
+def small_multiples(curves: Mapping[str, Curve]) -> "Figure":
     """One small plot for each curve, over the steps."""
     columns = 4
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(9.6, 1.75 * rows), layout="constrained")
+    figure = _figure(9.6, 1.75 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for i, (axes, (name, (steps, values))) in enumerate(zip(grid.flat, curves.items())):
         axes.plot(*_thinned(steps, values), color=OTHER_COLOUR, linewidth=1.2, marker=_marker(steps))
@@ -101,14 +114,14 @@ def _thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarra
     return np.asarray(steps, float)[::every] / 1e6, np.asarray(values, float)[::every]
 
 
-def _over_steps(axes: Axes, title: str, unit: str) -> None:
+def _over_steps(axes: "Axes", title: str, unit: str) -> None:
     axes.set(title=title, xlabel="million steps", ylabel=unit)
     axes.grid(alpha=0.3)
 
 
-def score_intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def score_intervals(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Mean scores with their 95 % intervals, a line for each row with `policy`, `mean` and `ci95`."""
-    figure = Figure(figsize=(7.2, 0.8 + 0.32 * len(rows)), layout="constrained")
+    figure = _figure(7.2, 0.8 + 0.32 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         axes.plot(row["ci95"], [place, place], color=OTHER_COLOUR, linewidth=3, alpha=0.5, solid_capstyle="butt")
@@ -120,9 +133,9 @@ def score_intervals(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def terms(result: Mapping[str, Any]) -> Figure:
+def terms(result: Mapping[str, Any]) -> "Figure":
     """Mean weighted terms of the score of each task, as bars that add up to it."""
-    figure = Figure(figsize=(9.6, 2.7), layout="constrained")
+    figure = _figure(9.6, 2.7)
     for axes, (task, of_task) in zip(figure.subplots(1, len(result["tasks"])), result["tasks"].items()):
         names = list(of_task["terms"])[::-1]
         axes.barh(names, [of_task["terms"][name] for name in names], color=STYLES[task][0])
@@ -132,9 +145,11 @@ def terms(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def scores(result: Mapping[str, Any], title: str = "") -> Figure:
+def scores(result: Mapping[str, Any], title: str = "") -> "Figure":
     """A histogram of each task's scores, by how the episodes ended, with mean and interval."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    from matplotlib.patches import Patch
+
+    figure = _figure(13, 4)
     endings = sorted({name for of_task in result["tasks"].values() for name in of_task["endings"]})
     shades = np.linspace(0.25, 0.9, max(len(endings), 2))
     looks = {name: {"facecolor": str(shade), "hatch": hatch, "edgecolor": "#202020", "linewidth": 0.4}

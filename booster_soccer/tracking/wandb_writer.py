@@ -68,8 +68,15 @@ class WandbWriter:
 
     def log(self, records: list[Record]) -> None:
         """Numbers by step."""
-        for step, numbers in records:
-            self.run.log(numbers, step=step)
+        try:
+            for step, numbers in records:
+                self.run.log(numbers, step=step)
+        except Exception as error:  # W&B's own process has ended
+            raise ConnectionError(f"{type(error).__name__} {error}; {self._sync()} sends what it had") from error
+
+    def _sync(self) -> str:
+        """The command that sends what lies on disk."""
+        return f"'wandb sync {shlex.quote(str(Path(self.run.dir).parent))}'"
 
     def alarm(self, text: str) -> None:
         """An alert, which W&B mails."""
@@ -97,16 +104,14 @@ class WandbWriter:
         self.run.summary.update(end["numbers"] | {"status": end["status"]})
         for file in end["files"]:
             self.artifact(Path(file))
-        files = Path(self.run.dir).parent
-        sync = f"wandb sync {shlex.quote(str(files))}"
         if self.is_online and (refusal := _refusal(self.server)):
             # Its service would go on trying for minutes; all is on disk.
-            raise ConnectionError(f"{refusal}; '{sync}' sends what is missing")
+            raise ConnectionError(f"{refusal}; {self._sync()} sends what is missing")
         url = self.run.url
         self.run.finish(exit_code=0 if end["status"] == "finished" else 1)
         if self.is_online:
             return f"{url}"
-        return f"offline{self.why_offline and f' ({self.why_offline})'}; '{sync}' sends it"
+        return f"offline{self.why_offline and f' ({self.why_offline})'}; {self._sync()} sends it"
 
 
 def _refusal(server: str) -> str:

@@ -156,9 +156,11 @@ def _reason(error: Exception) -> str:
 
 def _read_messages(messages: queue.Queue) -> None:
     """In its own thread: lines from the run; their end without a last word means that it was killed."""
-    for line in sys.stdin.buffer:
-        with contextlib.suppress(ValueError):
-            messages.put(json.loads(line))
+    # Without a buffer, whose lock this thread would hold when the process ends.
+    with open(0, "rb", buffering=0, closefd=False) as pipe:
+        for line in pipe:
+            with contextlib.suppress(ValueError):
+                messages.put(json.loads(line))
     messages.put(END)
     time.sleep(_ORPHAN_S)
     os.killpg(0, signal.SIGKILL)  # and what a library started

@@ -26,7 +26,7 @@ from pathlib import Path
 import tyro
 
 import chain
-from booster_soccer import errors, terminal
+from booster_soccer import errors
 from booster_soccer.store import checkpoints
 from booster_soccer.tracking.record import Result
 from tests.long.kill_resume import ROOT, STAGES
@@ -79,7 +79,6 @@ def toys(config: chain.Config, out: Path) -> dict[str, list[list[str]]]:
 
 def run_chain(out: str, how: str, what: str) -> None:
     """In its own process: the chain with the shortest commands, or with toys."""
-    terminal.begin("__main__")
     chain.EPISODES["demo"], chain.stages = 1, shortest
     if what == "toys":
         chain.SCRIPTS, chain.stages, chain.evaluations = ROOT / "tests", toys, lambda *_: []
@@ -103,7 +102,8 @@ class Attempt:
 
     def start(self, before: str = "", **environment: str) -> subprocess.Popen:
         """Start it in a session of its own; `before` are commands of the shell."""
-        program = "import sys; from tests.long import soak; soak.run_chain(*sys.argv[1:])"
+        program = "import sys; from booster_soccer import terminal; terminal.begin('__main__'); "  # as scripts begin
+        program += "from tests.long import soak; soak.run_chain(*sys.argv[1:])"
         command = ["bash", "-c", f'{before} exec "$@"', "bash", sys.executable, "-c", program, str(self.out), "resume",
                    self.what]  # fmt: skip
         compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out.parent / "compiled"), "BOOSTER_TRACK": "none",

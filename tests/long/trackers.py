@@ -56,7 +56,7 @@ finally:
     open(os.environ["SPENT"], "w").write(json.dumps(spent))
 """
 _TOY = """
-import dataclasses, sys, time
+import dataclasses, os, sys, time
 from pathlib import Path
 from booster_soccer.store import checkpoints
 from booster_soccer.store.run import Run
@@ -70,9 +70,14 @@ class Slow(Toy):
     def advance(self):
         time.sleep(0.1)
         return super().advance()
+def wait_for_trackers():
+    places = [Path(f"{sys.argv[1]}.tracking/{name}.json") for name in os.environ.get("WAIT_FOR", "").split()]
+    while not all(place.exists() and '"delivered": {"' in place.read_text() for place in places):
+        time.sleep(0.1)
+    Path("opened").touch()
 config = keeping(Tracked(Path(sys.argv[1]), total_steps=int(sys.argv[2])))
 run = Run(config.out, "converted", config, free=("track",))
-toy = Slow(config, run, {})
+toy = Slow(config, run, {"step 200": wait_for_trackers})
 with StopSignal() as stop:
     if goes_on := run.goes_on(bool(sys.argv[3:])):
         run.restore(toy)
@@ -138,20 +143,29 @@ def _answer(path: str, body: bytes) -> dict:
     project = {"id": "p", "name": "booster_soccer", "entity": {"id": "e", "name": "me"}}
     run = {"id": "1", "name": "run", "displayName": "run", "config": "{}", "historyLineCount": 0,
            "summaryMetrics": "{}", "project": project}  # fmt: skip
+    uploads = {"runID": "1", "uploadHeaders": [], "files": []}
     viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
     types = {"__type": {"fields": [], "inputFields": []}, "serverInfo": {"features": [], "cliVersionInfo": {}}}
-    return {"data": {"viewer": viewer, "upsertBucket": {"bucket": run, "inserted": True}, **types}}
+    return {
+        "data": {
+            "viewer": viewer,
+            "upsertBucket": {"bucket": run, "inserted": True},
+            "createRunFiles": uploads,
+            **types,
+        }
+    }
 
 
 @contextlib.contextmanager
-def serving(how: str, later: str | None = None, after_s: float = 25.0) -> Iterator[Server]:
-    """A server that answers so, and after a while otherwise."""
+def serving(how: str, later: str | None = None, once: Path | None = None) -> Iterator[Server]:
+    """A server that answers so, and otherwise once a file is there."""
     server = Server(how)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def change() -> None:
-        if not server.ended.wait(after_s):
-            server.how = later or how
+        while not server.ended.wait(0.1):
+            if once is not None and once.exists():
+                server.how = later or how
 
     threading.Thread(target=change, daemon=True).start()
     try:
@@ -226,8 +240,9 @@ def test_servers_that_never_take_anything(tmp_path, without, how):
 
 @pytest.mark.parametrize("how", ["wrong", "refused", "slow"])
 def test_servers_that_fail_while_it_trains(tmp_path, without, how):
-    with serving("ok", later=how) as server:
+    with serving("ok", later=how, once=tmp_path / how / "opened") as server:
         services = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "k" * 40, "MLFLOW_TRACKING_URI": server.url}
+        services["WAIT_FOR"] = "wandb mlflow"
         bits, said = train(tmp_path / how, "wandb mlflow", **services)
     assert bits == without
     assert "W&B failed" in said and "wandb sync" in said
