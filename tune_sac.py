@@ -43,6 +43,7 @@ from booster_soccer.agents import search_space
 from booster_soccer.errors import UserError
 from booster_soccer.store.atomic import write_file
 from booster_soccer.store.entry import guarded
+from booster_soccer.store.run import read_records
 from booster_soccer.store.signals import StopSignal, end
 
 SCRIPT = Path(__file__).parent / "train_mjx_sac.py"
@@ -159,13 +160,9 @@ def command(config: Config, trial: Trial, place: Path) -> list[str]:
 def curve(place: Path, every: int) -> dict[int, float]:
     """Dense return of a training episode at each multiple of `every` steps that the log has reached."""
     points: dict[int, float] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for line in (place / _LOG).read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the line that is being written
-                numbers = json.loads(line)
-                if _REWARD in numbers and numbers["step"] >= every:
-                    value = numbers[_REWARD] * numbers[_LENGTH]
-                    points.setdefault(numbers["step"] // every * every, value)
+    for numbers in read_records(place / _LOG):
+        if numbers.get(_REWARD) is not None and numbers["step"] >= every:  # null: it diverged
+            points.setdefault(numbers["step"] // every * every, numbers[_REWARD] * numbers[_LENGTH])
     return points
 
 

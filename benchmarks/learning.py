@@ -8,7 +8,6 @@ and with `--plot` the learning curves against wall time and steps. Scores are of
 same starts with joint noise; how often a run judges is the resolution of the answer.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.errors import UserError
+from booster_soccer.store.run import read_records
 
 SCORES = (-0.80, 0.0, 4.0, 8.0)
 
@@ -32,19 +32,9 @@ class Config:
 
 def read_judgements(file: Path) -> list[dict[str, float]]:
     """The judgements of a metrics file, in order; a line that is being written is left out."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; give a run's .metrics.jsonl") from error
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "eval/score" in row:
-            rows.append(row)
-    return rows
+    if not file.is_file():
+        raise UserError(f"{file} is no file: give a run's .metrics.jsonl")
+    return [row for row in read_records(file) if "eval/score" in row]
 
 
 def first_reached(judgements: list[dict[str, float]], score: float) -> dict[str, float] | None:

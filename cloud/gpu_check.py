@@ -37,6 +37,7 @@ import tyro
 from booster_soccer import errors
 from booster_soccer.errors import UserError
 from booster_soccer.store.manifests import MANIFEST
+from booster_soccer.store.run import read_records
 from booster_soccer.tracking import video
 
 CALL = 20  # actions of all lanes in one call of the loop: collect.MjxLoop.ITERATIONS_PER_CALL
@@ -115,10 +116,7 @@ class Training:
 
     def lines(self) -> list[dict[str, float]]:
         """The log's lines of numbers about learning, one a call."""
-        if not self.log.exists():
-            return []
-        found = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
-        return [line for line in found if _REWARD in line]
+        return [line for line in read_records(self.log) if _REWARD in line]
 
     def run(self, kill_after: int | None = None) -> int | None:
         """To its end, or to a SIGKILL after that many calls; returns its status, None if it was killed."""

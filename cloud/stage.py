@@ -22,6 +22,7 @@ EXTRAS = {"cpu": "", "gpu": "gpu,tune"}  # of pyproject.toml, by the bundle's na
 _PATIENCE_S = 9.5  # after SIGTERM a stage saves its state and ends itself before
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec nothing may be loaded
 _ROWS = ".runs_table"  # of this run alone, a Delta table in its directory
 _NOT_CODE = (".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache")
 
@@ -143,7 +144,7 @@ def _run_saving(command: list[str], variables: dict[str, str], mirror: Mirror, e
 
 def _end_with_parent() -> None:
     """In the stage's process: SIGTERM when the task is killed, so that a retry need not wait for its end."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _save_while(process: subprocess.Popen, mirror: Mirror, every_s: float) -> None:

@@ -80,6 +80,11 @@ def test_attempts_are_one_run_under_the_chains_run(store, stages):
     (store / "chain.tracking" / "MLflow.json").rename(store / "chain.tracking" / "mlflow.json")
     place, parent = store / "run.tracking", str(store / "chain.tracking")
     attempt(MlflowWriter, place, FIRST, end={"status": "killed"}, parent=parent)
+    state = json.loads((place / "MLflow.json").read_text())
+    assert state["delivered"] == {"wall_s": 10, "train/q": 20, "gpu/memory_percent": 20}
+    (place / "MLflow.json").write_text(
+        json.dumps(state | {"delivered": {"train/q": 10}})
+    )  # killed before it was written
     [told] = attempt(MlflowWriter, place, SECOND, 2, ends(stages["pretrained"]), parent=parent)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("booster_soccer")

@@ -26,6 +26,7 @@ from booster_soccer.store.signals import end_with_launcher
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # the volume has none
 # Nothing can be written there, so there is nothing to own; what is there may still be a finished result.
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_WIDTH = 400
 _POLL_S = 0.05
 _POLLS = 20  # for the first process to write who it is
 
@@ -110,9 +111,9 @@ def _take(lock: Path, place: Path, option: str) -> int:
                 break
         os.close(descriptor)  # the one who held it has just unlinked it
     with contextlib.suppress(OSError):  # a full disk holds a lock too
-        os.ftruncate(descriptor, 0)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {started}\n".encode(), 0)
+        who = f"{os.getpid()} {socket.gethostname()} {started}"
+        os.pwrite(descriptor, f"{who:<{_WIDTH}}\n".encode(), 0)  # as wide as what a killed one left
     return descriptor
 
 

@@ -359,15 +359,22 @@ def _cut_records(path: Path, steps: int) -> None:
             os.truncate(path, sum(map(len, lines[:keep])))
 
 
-def _last_recorded(path: Path, name: str) -> float:
-    """The newest number of that name in a file of JSON lines; 0 where there is none."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file, without those that are cut; none where there is no such file."""
+    records = []
     with os_errors(f"read {path}", OTHER_PLACE), contextlib.suppress(FileNotFoundError):
-        for line in reversed(path.read_bytes().splitlines()):
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get(name), float):
-                    return record[name]
-    return 0.0
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+    return records
+
+
+def _last_recorded(path: Path, name: str) -> float:
+    """The newest number of that name in a run's metrics file; 0 where there is none."""
+    numbers = [record[name] for record in read_records(path) if isinstance(record.get(name), float)]
+    return numbers[-1] if numbers else 0.0
 
 
 def _is_at_most(line: bytes, steps: int) -> bool:

@@ -68,6 +68,9 @@ class MlflowWriter:
             self.run_id = state["run_id"]
             self.client.update_run(self.run_id, status="RUNNING")
             self.client.set_tag(self.run_id, "attempts", info["attempt"])
+            # A process that was killed may have handed on more than it could write down.
+            for name in self.client.get_run(self.run_id).data.metrics:
+                state["delivered"][name] = max(m.step for m in self.client.get_metric_history(self.run_id, name))
             return
         tags = {"stage": self.stage, "run": info["key"], "attempts": info["attempt"], "commit": info["commit"]}
         tags["parents"] = ",".join(info["parents"])

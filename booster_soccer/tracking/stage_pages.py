@@ -19,6 +19,7 @@ from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError, one_line
 from booster_soccer.store import manifests
 from booster_soccer.store.atomic import beside
+from booster_soccer.store.run import read_records
 from booster_soccer.tracking import advice, page, plots
 from booster_soccer.tracking.advice import Advice
 from booster_soccer.tracking.page import Section, Table
@@ -300,18 +301,6 @@ def _spread(side: Mapping[str, float]) -> str:
 
 
 # --- numbers of a run ---------------------------------------------------------------------------------------
-
-
-def read_records(file: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics file; none where there is no such file, without those that are cut."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    records.append(record)
-    return records
 
 
 def curves_of(records: Sequence[Mapping[str, float]]) -> dict[str, plots.Curve]:

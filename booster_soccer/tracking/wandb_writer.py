@@ -99,14 +99,14 @@ class WandbWriter:
 
     def finish(self, end: dict[str, Any]) -> str:
         """Close it, or leave what a broken server does not take on disk."""
+        if self.is_online and (refusal := _refusal(self.server)):
+            # Its service would go on trying for minutes; all is on disk.
+            raise ConnectionError(f"{refusal}; {self._sync()} sends what is missing")
         if end["hash"] is not None:
             self.run.name = f"{self.run.job_type}-{end['hash']}"
         self.run.summary.update(end["numbers"] | {"status": end["status"]})
         for file in end["files"]:
             self.artifact(Path(file))
-        if self.is_online and (refusal := _refusal(self.server)):
-            # Its service would go on trying for minutes; all is on disk.
-            raise ConnectionError(f"{refusal}; {self._sync()} sends what is missing")
         url = self.run.url
         self.run.finish(exit_code=0 if end["status"] == "finished" else 1)
         if self.is_online:

@@ -29,7 +29,7 @@ from booster_soccer.tracking.writer import END, Record, Writer
 _POLL_S = 1.0  # between two looks at the metrics file
 _AGAIN_S = 10.0  # before a tracker that failed is tried again, then twice as long, up to five minutes
 _AGAIN_MAX_S = 300.0
-_LOCK_S = 90.0  # for the process of the attempt before to end
+_LOCK_S = 200.0  # for the process of the attempt before to end, which it does within _ORPHAN_S
 _ORPHAN_S = 150.0  # to the end, once the run is gone or has said its last word
 
 
@@ -73,6 +73,12 @@ class Delivery:
         self.error: Exception | None = None  # of the last try
         self._wait_s, self._not_before = _AGAIN_S, 0.0
 
+    def start(self, info: dict[str, Any]) -> None:
+        """Open the tracker's run, which may know better what it has taken; raises what its library raises."""
+        self.writer.start(info, self.state)
+        self._known = dict(self.delivered)
+        self.save()
+
     def add(self, records: list[Record]) -> None:
         """Records to hand on; what was handed on before, in this attempt or an earlier one, is left out."""
         for step, numbers in records:
@@ -111,11 +117,10 @@ def serve(writer: Writer, place: Path, info: dict[str, Any], messages: queue.Que
     metrics = Path(info["metrics"])
     delivery, tail = Delivery(writer, place), Tail(metrics)
     try:
-        writer.start(info, delivery.state)
+        delivery.start(info)
     except Exception as error:  # whatever the tracker's library raises
         say(f"{writer.LABEL} cannot be used ({_reason(error)}): this run is not tracked there")
         return
-    delivery.save()
     end: dict[str, Any] | None = None
     while end is None:
         with contextlib.suppress(queue.Empty):
@@ -179,6 +184,8 @@ def _alone(lock: Path) -> Iterator[None]:
                 time.sleep(0.1)
             except OSError:
                 break
+        else:
+            raise TimeoutError("the attempt before has not ended")
         yield
 
 

@@ -16,7 +16,7 @@ class Writer(Protocol):
     LABEL: str
 
     def start(self, info: dict[str, Any], state: dict[str, Any]) -> None:
-        """Open the run; `state` is kept on disk for the next attempt."""
+        """Open the run; `state` is kept on disk for the next attempt, `delivered` in it is what the tracker has."""
 
     def log(self, records: list[Record]) -> None:
         """Take all of the records, or raise."""
