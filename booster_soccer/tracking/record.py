@@ -31,7 +31,7 @@ from booster_soccer.errors import UserError, one_line
 from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.manifests import code, plain
-from booster_soccer.store.signals import STOPPED, Stopped
+from booster_soccer.store.signals import Stopped
 from booster_soccer.tracking import runs_table
 from booster_soccer.tracking.gpu_monitor import GpuMonitor
 from booster_soccer.tracking.writer import END
@@ -42,6 +42,8 @@ PARENT_VARIABLE = "BOOSTER_PARENT_RUN"  # the place of the run that a stage is a
 _ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 120.0  # for trackers at the end of a stage; those that know that they are broken end at once
 _PATIENCE_STOPPED_S = 2.0  # after SIGTERM, with ten seconds for everything
+# Exit statuses after a signal that asks a run to end.
+_STOPPED = {128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
 
 
 def _default() -> tuple[Any, ...]:
@@ -134,7 +136,8 @@ class Recorder:
             self._monitor.stop()
         if self._is_parent:
             os.environ.pop(PARENT_VARIABLE, None)
-        is_stopped = kind in (KeyboardInterrupt, Stopped) or (isinstance(error, SystemExit) and error.code == STOPPED)
+        by_signal = isinstance(error, SystemExit) and error.code in _STOPPED
+        is_stopped = by_signal or kind in (KeyboardInterrupt, Stopped)
         status = "stopped" if is_stopped else "failed"
         if self._result is not None and kind is None:
             status = self._result.status
