@@ -238,3 +238,30 @@ def test_a_broken_lane_costs_a_fall_and_starts_anew(loops, engine):
         assert rows.reward[-CALL, 1] == pytest.approx(share * COLLECT.weights.fallen)
         assert rows.terminated[-CALL:].sum() == rows.terminated[-CALL, 1] == 1.0
         assert action_counts(rows.critic_obs)[1 - CALL, 1] == 0
+
+
+# --- ready for a GPU, as far as a machine without one can tell ------------------------------------------------
+
+
+def test_the_whole_training_loop_lowers_for_cuda(loops):
+    """Plain operations only: no call of a library or of Python; state, lanes and buffer stay where they are."""
+    state, loop = loops["mjx"].begin(), loops["mjx"].loop
+    kept = jax.tree.leaves((state, loop.carry))
+    exported = jax.export.export(loop._run, platforms=["cuda"])(state, loop.carry, jnp.array(True))
+    program = exported.mlir_module()
+    assert "custom_call" not in program
+    assert program.count("tf.aliasing_output") == len(kept)  # donated
+    assert [a.shape for a in exported.in_avals[len(kept) :]] == [()]  # whether to learn
+    numbers = exported.out_avals[len(kept) :]  # for the log
+    assert 30 < len(numbers) < 80 and all(a.shape == () for a in numbers)
+
+
+def test_calls_after_the_first_compile_nothing_and_bring_nothing_across(loops, caplog):
+    state, loop = loops["mjx"].begin(), loops["mjx"].loop
+    statistics = Statistics()
+    for _ in range(2):  # the second adds its numbers to the first one's
+        state, _ = loop.iterate(state, False, statistics)
+    with jax.log_compiles(), jax.transfer_guard("disallow"):
+        for learn in (False, True, True):
+            state, _ = loop.iterate(state, learn, statistics)
+    assert [record.message for record in caplog.records if "ompiling" in record.message] == []

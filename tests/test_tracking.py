@@ -226,7 +226,7 @@ def test_a_tracker_is_told_what_the_run_is_and_how_it_ended(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("error", "status"),
     [(KeyboardInterrupt(), "stopped"), (SystemExit(STOPPED), "stopped"), (SystemExit(130), "stopped"),
-     (Stopped(), "stopped"), (UserError("x"), "failed"), (Killed(), "failed")],
+     (Stopped(), "stopped"), (SystemExit(2), "failed"), (UserError("x"), "failed"), (Killed(), "failed")],
 )  # fmt: skip
 def test_a_run_that_ends_otherwise_is_marked(tmp_path, monkeypatch, error, status):
     stand_in(monkeypatch, TELLS)

@@ -328,6 +328,7 @@ class MjxLoop:
         self.capacity = config.buffer_size - config.buffer_size % config.num_envs
         self._sample_key = jax.random.key(seed)
         self._rng = np.random.default_rng(seed)
+        self._flags = jnp.array(False), jnp.array(True)  # on the device already
         self._run = jax.jit(self._iterations, donate_argnums=(0, 1))
         self._begin, self._observe = jax.jit(self._start), jax.jit(self.body.observe)
         self.begin(state, 0)
@@ -391,7 +392,7 @@ class MjxLoop:
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
-        state, self.carry, sums, metrics = self._run(state, self.carry, jnp.array(learn))
+        state, self.carry, sums, metrics = self._run(state, self.carry, self._flags[learn])
         jax.block_until_ready(metrics)  # a step that is counted is done: for the watchdog, and for a save on SIGTERM
         statistics.add(sums)
         return state, metrics

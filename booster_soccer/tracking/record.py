@@ -134,9 +134,8 @@ class Recorder:
             self._monitor.stop()
         if self._is_parent:
             os.environ.pop(PARENT_VARIABLE, None)
-        is_stopped = kind in (KeyboardInterrupt, Stopped) or (
-            isinstance(error, SystemExit) and is_stop_status(error.code)
-        )
+        by_signal = isinstance(error, SystemExit) and is_stop_status(error.code)
+        is_stopped = by_signal or kind in (KeyboardInterrupt, Stopped)
         status = "stopped" if is_stopped else "failed"
         if self._result is not None and kind is None:
             status = self._result.status

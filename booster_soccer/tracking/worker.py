@@ -153,7 +153,7 @@ def _pass_on(writer: Writer, message: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {error}")[:200]
+    return one_line(f"{type(error).__name__}: {error}")[:300]
 
 
 # --- the process ------------------------------------------------------------------------------------------------
@@ -226,3 +226,4 @@ def main(tracker: str, place: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    os._exit(0)  # all is done; at a normal end W&B would wait once more for a server that is gone
