@@ -35,4 +35,4 @@ def test_the_shipped_policy_comes_from_committed_code_and_names_its_ancestors():
     assert SHIPPED.manifest["code"]["dirty"] is False
     on_disk = {checkpoints.load(path.parent).hash for path in (ROOT / "assets" / "policies").glob("*/manifest.json")}
     assert {ancestor["hash"] for ancestor in SHIPPED.manifest["lineage"]} <= on_disk
-    assert [parent["stage"] for parent in SHIPPED.manifest["parents"]] == ["pretrained"]
+    assert [parent["stage"] for parent in SHIPPED.manifest["parents"]] == ["converted"]
