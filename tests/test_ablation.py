@@ -57,7 +57,7 @@ def test_no_normalizer_arm_leaves_but_the_gains(monkeypatch):
 
 def test_finished_runs_are_kept_and_one_cut_short_is_named_after_the_others(tmp_path, capsys):
     config = ablation.Config(tmp_path, arms=("base", "dr-1"), seeds=(0,), minutes=10.0)
-    row = {"eval/score": 1.5, "step": 2e6, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
+    row = {"eval/score": 1.5, "step": 2_000_000, "wall_s": 599.0} | {f"eval/score_{task}": 1.5 for task in c.TASKS}
     (tmp_path / "base-0.metrics.jsonl").write_text(json.dumps(row) + "\n")  # without a result
     (tmp_path / "dr-1-0.metrics.jsonl").write_text(json.dumps(row | {"eval/score": 2.5}) + "\n")
     (tmp_path / "dr-1-0").mkdir()

@@ -112,7 +112,7 @@ def test_neither_jax_nor_torch_is_imported():
 def test_commit_is_that_of_this_tree_alone(tmp_path, monkeypatch):
     def code(directory: Path) -> dict:
         monkeypatch.setattr(manifests, "__file__", str(directory / "booster_soccer" / "store" / "manifests.py"))
-        return manifests._code.__wrapped__()  # not the cached answer for this process
+        return manifests.code.__wrapped__()  # not the cached answer for this process
 
     unknown = {"commit": None, "dirty": None}
     assert code(tmp_path) == unknown

@@ -91,14 +91,18 @@ def test_results_are_written_before_they_are_shown(tmp_path, monkeypatch, only):
     def unshowable(*_):
         raise UnicodeEncodeError("ascii", "±", 0, 1, "ordinal not in range")
 
-    monkeypatch.setattr(evaluate.report, "print_result", unshowable)
-    monkeypatch.setattr(evaluate.report, "print_episode", unshowable)
-    monkeypatch.setattr(evaluate.report, "plot", lambda result, title, file: file.write_text("plot"))
+    monkeypatch.setattr(evaluate, "show", unshowable)
+    monkeypatch.setattr(evaluate.plots, "scores", lambda result, title: Drawn())
     plot = None if only else tmp_path / "x.png"
     with pytest.raises(UnicodeEncodeError):
         evaluate.main(evaluate.Config(policy="zero", json=tmp_path / "x.json", plot=plot, only=only))
     assert json.loads((tmp_path / "x.json").read_text())["score" if only else "mean"] == 1.0
     assert plot is None or plot.read_text() == "plot"
+
+
+class Drawn:
+    def savefig(self, file: Path) -> None:
+        file.write_text("plot")
 
 
 @dataclasses.dataclass

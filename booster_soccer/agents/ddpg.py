@@ -284,6 +284,7 @@ class Ddpg:
         action = self.actor(seen[..., :OBS_SIZE])
         return (sum(critic(seen, action) for critic in self.critics) / len(self.critics)).cpu().numpy()
 
+    @torch.enable_grad()
     def learn(self, batch: Batch, layers: tuple[str, ...], rng: np.random.Generator) -> dict[str, float]:
         """Passes over a round (N, ...) and its mirror image: the critics, and the actor's `layers` if there are any.
 
@@ -347,7 +348,7 @@ class Ddpg:
         state = network_arrays({"learning_actor": self.actor})
         for name, optimizer in self._optimizers().items():
             for index, entry in optimizer.state_dict()["state"].items():
-                state |= {f"{name}.{index}.{key}": value.cpu().numpy() for key, value in entry.items()}
+                state |= {f"{name}.{index}.{key}": value.cpu().float().numpy() for key, value in entry.items()}
         return state | {
             "obs_mean": self.obs_mean.cpu().numpy(),
             "obs_scale": self.obs_scale.cpu().numpy(),

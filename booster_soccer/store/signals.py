@@ -83,7 +83,7 @@ class StopSignal:
     def _receive(self, number: int, _) -> None:
         self.received = self.received or signal.Signals(number)
         self._ctrl_c += number == signal.SIGINT
-        if self._ctrl_c > 1:  # in a notebook; a script is gone by then
+        if self._ctrl_c > 1 and hasattr(sys, "ps1"):  # in a notebook; of a script `_watch` makes an end
             raise KeyboardInterrupt
         if self._interrupts:
             raise Stopped

@@ -24,8 +24,8 @@ pretrain = {{"total_steps": 960, "judge_episodes": 2}}
 collect = {{"num_envs": 8, "batch_size": 32, "updates_per_iteration": 2, "buffer_size": 300, "learning_starts": 80,
            "max_actions": 40}}
 records = {{"judge_every": 480, "log_every": 200}}
-finetune = {{"num_lanes": 3, "total_steps": 480, "warmup_steps": 60, "warmup_updates": 10, "batch_size": 32,
-            "buffer_size": 150, "validation_episodes": 2, "confirmation_episodes": 2, "device": "cpu"}}
+finetune = {{"num_lanes": 3, "total_steps": 480, "round_actions": 20, "warmup_rounds": 1,
+            "validation_episodes": 2, "confirmation_episodes": 2, "device": "cpu"}}
 gate = {{"states": 100, "episodes": 1, "behaviour_episodes": 2}}
 score, package = {{"episodes": 2}}, {{"episodes": 1}}
 """
