@@ -6,6 +6,7 @@ All attempts of a run are one MLflow run.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import time
@@ -41,6 +42,13 @@ def use_default_store() -> bool:
     return True
 
 
+def _make_store() -> None:
+    """Let MLflow make its tables where they are not there yet; two processes at once would be in each other's way."""
+    with DATABASE.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # a chain and its stage begin at the same moment
+        MlflowClient().search_experiments(max_results=1)
+
+
 def connect() -> MlflowClient | None:
     """A client of the store in use; None where that is the default one and nothing was ever tracked."""
     if not os.environ.get("MLFLOW_TRACKING_URI") and not DATABASE.exists():
@@ -60,7 +68,10 @@ class MlflowWriter:
 
     def start(self, info: dict[str, Any], state: dict[str, Any]) -> None:
         """A new run, or that of the attempt before."""
-        self._artifacts = ARTIFACTS.resolve().as_uri() if use_default_store() else None
+        self._artifacts = None
+        if use_default_store():
+            self._artifacts = ARTIFACTS.resolve().as_uri()
+            _make_store()
         self.client = MlflowClient()
         self.stage = info["stage"]
         self._parent = None if info["parent"] is None else Path(info["parent"]) / "mlflow.json"
