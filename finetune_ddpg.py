@@ -102,12 +102,9 @@ class Config:
     resume: bool = False  # go on from <out>.resume, if it is there
 
 
-# Measured times and scores: docs/experiments.md. The GPU presets have not been measured.
+# Measured: `demo` and `cpu` (docs/results.md). `l4` is `cpu` with videos: its lanes are played on the node's CPU cores.
 _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
-_L4 = replace(
-    _CPU, out=Path("runs/l4/finetuned"), preset="l4", total_steps=6_000_000, num_lanes=384,
-    records=replace(_CPU.records, video_every_s=600.0),
-)  # fmt: skip
+_L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", records=replace(_CPU.records, video_every_s=600.0))
 PRESETS = {
     "demo": replace(
         _CPU, out=Path("runs/demo/finetuned"), preset="demo", total_steps=250_000, num_lanes=96, warmup_rounds=4,
@@ -115,7 +112,7 @@ PRESETS = {
         records=RecordConfig(log_every=25_000, judge_every=125_000)),
     "cpu": _CPU,
     "l4": _L4,
-    "h200": replace(_L4, out=Path("runs/h200/finetuned"), preset="h200"),
+    "h200": replace(_L4, out=Path("runs/h200/finetuned"), preset="h200", total_steps=6_000_000, num_lanes=384),
     # There is nothing to protect: no freezing, wide noise, long steps.
     "scratch": replace(
         _CPU, out=Path("runs/scratch/finetuned"), preset="scratch", from_scratch=True, warmup_rounds=1,

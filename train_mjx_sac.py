@@ -87,17 +87,18 @@ class Config:
     time_limit_s: float = 0.0  # end, as if finished, after this much wall time; 0: no limit
 
 
-# Measured times and scores: docs/results.md. The GPU presets have not been measured yet: they take as many samples per
-# transition as `cpu`, in fewer and larger batches, with the ramp at the same share of the run. `demo` ends before it.
+# One recipe at four sizes: as many samples per transition, the ramp at the same share of the run (`demo` ends before it).
+# Measured: `cpu`, and `l4` on an H100 (docs/results.md); `h200` has not been measured.
 _CPU = Config(out=Path("runs/cpu/pretrain"), preset="cpu", engine="native", total_steps=10_000_000)
 _L4 = Config(
     out=Path("runs/l4/pretrain"),
     preset="l4",
     engine="mjx",
-    total_steps=100_000_000,
-    collect=CollectConfig(num_envs=2048, batch_size=8192, updates_per_iteration=4, buffer_size=4_000_000,
-                          learning_starts=200_000, ramp_steps=(40_000_000, 100_000_000)),
-    records=RecordConfig(judge_every=5_000_000, video_every_s=600.0),
+    total_steps=10_000_000,
+    collect=CollectConfig(num_envs=2048, batch_size=1024, updates_per_iteration=32, buffer_size=1_024_000,
+                          learning_starts=81_920),
+    # A judgement takes 12 s of an H100's 16 cores, during which the GPU waits.
+    records=RecordConfig(log_every=200_000, judge_every=2_000_000, video_every_s=600.0),
     resume_buffer="refill",
 )  # fmt: skip
 PRESETS = {
@@ -106,10 +107,10 @@ PRESETS = {
     "cpu": _CPU,
     "l4": _L4,
     "h200": replace(
-        _L4, out=Path("runs/h200/pretrain"), preset="h200", total_steps=200_000_000,
-        collect=replace(_L4.collect, num_envs=4096, batch_size=16384, buffer_size=8_000_000, learning_starts=400_000,
-                        ramp_steps=(80_000_000, 200_000_000)),
-        records=RecordConfig(judge_every=10_000_000, video_every_s=600.0)),
+        _L4, out=Path("runs/h200/pretrain"), preset="h200", total_steps=20_000_000,
+        collect=replace(_L4.collect, num_envs=4096, batch_size=2048, buffer_size=2_048_000, learning_starts=163_840,
+                        ramp_steps=(8_000_000, 20_000_000)),
+        records=replace(_L4.records, log_every=400_000, judge_every=4_000_000)),
 }  # fmt: skip
 
 
