@@ -306,12 +306,16 @@ def test_foreign_output_directory_is_refused(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("preset", ["cpu", "l4", "h200"])
-def test_the_ramp_takes_the_last_six_tenths_of_a_run(preset):
-    settings = train.PRESETS[preset]
-    collect = settings.collect
-    assert collect.ramp_steps == (0.4 * settings.total_steps, settings.total_steps)
-    assert collect.updates_per_iteration * collect.batch_size / collect.num_envs == 16  # samples per transition
+def test_compiled_programs_are_kept_beside_the_run_unless_the_user_has_a_place(tmp_path):
+    users = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        train.keep_programs(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path.resolve())
+        train.keep_programs(tmp_path / "another")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path.resolve())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", users)
 
 
 def test_every_preset_is_valid_and_knows_its_name():
