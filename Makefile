@@ -1,5 +1,6 @@
 # make run    sets up everything and runs the chain with the demo preset; PRESET=cpu RUN=DIR choose others
 # make resume goes on with a run that was ended
+# make setup  sets up everything; GPU=1 with JAX for a GPU
 # make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
@@ -16,7 +17,10 @@ RUN ?= runs/$(PRESET)
 
 .PHONY: setup run resume check fix test drills scene picture score check-pins clean
 
+# GPU=1: PyTorch as a CPU build, so that JAX's CUDA is the only one.
 setup: $(READY)
+	@test -z "$(GPU)" || $(BIN)/python -c 'import jax_cuda12_plugin' 2>/dev/null || { echo "error: $(VENV) was made \
+	without GPU=1: make clean, then make setup GPU=1" >&2; exit 2; }
 
 # Made anew where its Python has gone, and where an installation was cut short: what is half there, pip takes for whole.
 # The version is looked at first, before anything is loaded down.
@@ -26,13 +30,19 @@ $(BIN)/python:
 	"$(PYTHON)" -m venv --clear $(VENV)
 
 # torch first and pinned: later requirements then find it satisfied.
+PIP = $(BIN)/python -m pip install --quiet -c constraints.txt
+INSTALL = $(PIP) torch==2.13.0 && $(PIP) -e ".[dev]"
+ifdef GPU
+INSTALL = $(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu -c constraints.txt \
+	-e ".[dev,gpu]"
+endif
+
 $(READY): pyproject.toml constraints.txt $(BIN)/python
 	@if test -e $(HALF) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		echo "an installation was cut short: the environment is made anew"; rm -f $(BIN)/python; \
 		$(MAKE) --no-print-directory $(BIN)/python; fi
 	@touch $(HALF)
-	{ $(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 && \
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"; } || { rm $(HALF); exit 2; }
+	{ $(INSTALL); } || { rm $(HALF); exit 2; }
 	@rm $(HALF)
 	@touch $@
 

@@ -13,8 +13,9 @@ to the bit) or, with `--backend official`, by themselves, one process a lane.
 The learner is in `booster_soccer/agents/ddpg.py`, the life of a run in `booster_soccer/store/run.py`. What keeps a good
 policy from being unlearned: the pre-trained critics come along and first learn on roll-outs of the frozen policy, until
 they predict unseen episodes no better than before; the actor follows what its own noise brought, in small steps; its
-layers thaw from the last to the first; and at the end the best candidate must beat the start in the official
-environments, on episodes that no choice was made on, or the start is the result.
+layers thaw from the last to the first; and at the end the candidate (the best in validation, or the last policy if that
+scores more on fresh seeds) must beat the start in the official environments, on episodes that no choice was made on, or
+the start is the result.
 
 One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards come in two parts, dense
 (at a tenth of pre-training's size) and official, mixed when a round is learned from: alpha * dense + beta * score,
@@ -68,7 +69,7 @@ from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 from booster_soccer.tracking.video import Films
 
 # One stream of episode seeds for each purpose; none is that of `evaluate.py`.
-_TRAINING, _VALIDATION, _CONFIRMATION = 1, 2, 3
+_TRAINING, _VALIDATION, _CONFIRMATION, _SELECTION = 1, 2, 3, 4
 _MIN_OBS_SCALE = 0.1  # features that hardly vary in the warm-up must not get huge steps
 _MAX_ADVANTAGE = 4.0  # standard deviations
 _WORTHWHILE = 0.01  # share of the returns' variance that two more rounds of the warm-up must explain
@@ -186,14 +187,17 @@ class Finetuning:
                 arrays = ddpg.random_arrays(config.seed, mean, scale) if self.parent is None else arrays
                 self.learner = Ddpg(config.ddpg, arrays, mean, scale, self.device)
             explained.append(self.explained())
+            shown = []
             for task, share in zip(c.TASKS, explained[-1]):
-                self.statistics.add(f"explained_{task}", share)
-            shares = ", ".join(f"{task} {share:.0%}" for task, share in zip(c.TASKS, explained[-1]))
-            print(f"warm-up {number}: the critics explain of unseen episodes' returns: {shares}", flush=True)
+                if has_ended := np.isfinite(share):
+                    self.statistics.add(f"explained_{task}", share)
+                shown.append(f"{task} {share:.0%}" if has_ended else f"{task} (no episode ended)")
+            print(f"warm-up {number}: the critics explain of unseen episodes' returns: {', '.join(shown)}", flush=True)
             if config.warmup_rounds:
                 self.learn(layers=())
             self.round.filled = 0
-            if number > 1 and np.mean(explained[-2:]) < np.max(np.mean(explained[:-2], axis=1)) + _WORTHWHILE:
+            known = np.nan_to_num(explained)
+            if number > 1 and np.mean(known[-2:]) < np.max(np.mean(known[:-2], axis=1)) + _WORTHWHILE:
                 break
         self.run.record(of_training(self.log(0.0)))
         # The same actor, with critics that know the official environments.
@@ -235,12 +239,12 @@ class Finetuning:
     def explained(self) -> np.ndarray:
         """Share (tasks,) of the variance of the round's Monte-Carlo returns that the critics explain.
 
-        Of actions whose episode ended in the round.
+        Of actions whose episode ended in the round; NaN for a task where none did.
         """
         advantage, value = self.returns(1.0)
         came_to_an_end = np.flip(np.maximum.accumulate(np.flip(self.round.arrays["ended"], 0)), 0) > 0
         of_task = np.array(self.lanes.tasks) == np.array(c.TASKS)[:, None]
-        shares = [explained_variance((advantage + value)[rows], value[rows]) if rows.any() else 0.0
+        shares = [explained_variance((advantage + value)[rows], value[rows]) if rows.any() else np.nan
                   for rows in came_to_an_end & of_task[:, None]]  # fmt: skip
         return np.array(shares)
 
@@ -302,7 +306,7 @@ class Finetuning:
         config = self.config
         episodes = config.validation_episodes if purpose == _VALIDATION else config.confirmation_episodes
         seeds = [episode_seed(config.seed, purpose, i) for i in range(episodes)]
-        backend = "twin" if purpose == _VALIDATION else "official"
+        backend = "official" if purpose == _CONFIRMATION else "twin"
         return judge(policy_from_arrays(arrays), seeds, config.start_noise, backend)
 
     def keep(self, name: str, arrays: dict[str, np.ndarray], scores: Scores) -> None:
@@ -324,17 +328,28 @@ class Finetuning:
         return scores.numbers("eval") | {"eval/gain": mean}
 
     def choose(self) -> tuple[dict[str, np.ndarray], dict]:
-        """The networks to hand on, and why: the best candidate if it beats the start on fresh seeds, else the start."""
+        """The networks to hand on, and why: the candidate if it beats the start on fresh seeds, else the start.
+
+        The candidate is the best in validation or the last policy, whichever scores more on seeds of their own: the
+        best of many short validations is a lucky one.
+        """
         verdict: dict = {"result": "start", "validation_start": float(self.start.scores.mean())}
         best = self.run.kept.get("best")
         if best is None:
             print("no candidate scored above the start in validation: the result is the start policy")
             return self.start.arrays, verdict
+        if self.run.diverged_at is None and best.steps < self.run.steps:
+            last = Candidate(
+                self.learner.arrays(), self.run.steps, self.validate(self.learner.arrays(), _SELECTION).score
+            )
+            again = self.validate(best.arrays, _SELECTION)
+            print(f"best in validation (step {best.steps:,}) {again}; last {last.scores.mean():+.3f}")
+            best = last if last.scores.mean() >= again.mean else best
         start, candidate = (self.validate(policy.arrays, _CONFIRMATION) for policy in (self.start, best))
         mean, standard_error = gain(candidate.score, start.score)
         print(f"fresh seeds: start {start}; candidate of step {best.steps:,} {candidate}")
         verdict |= {
-            "validation_candidate": float(best.scores.mean()),
+            "validation_candidate": float(best.scores.mean()),  # of a last policy: on the seeds that chose it
             "candidate_step": best.steps,
             "confirmation": start.numbers("start") | candidate.numbers("candidate"),
             "gain": mean,

@@ -20,9 +20,10 @@ from booster_soccer import terminal
 terminal.begin(__name__)
 
 import functools
+import math
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -401,6 +402,7 @@ def main(config: Config) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in no_settings}
     identity = settings | {"pretrained": pretrained.hash, "converted": converted.hash}
     if there := finished(config.json, identity):
+        print_checks(checks_of(there))
         return there
     paths = {"pretrained": str(config.pretrained), "converted": str(config.converted)}
     with Recorder(config.json, "gates", config, [pretrained, converted]) as recorder:
@@ -417,6 +419,12 @@ def main(config: Config) -> dict[str, Any]:
     if config.json is not None:
         print(config.json)
     return report
+
+
+def checks_of(report: dict[str, Any]) -> list[Check]:
+    """The checks of a JSON file's content; a number that was not finite is null there."""
+    rows = [{field.name: row[field.name] for field in fields(Check)} for row in report["checks"]]
+    return [Check(**row | {"measured": math.nan if row["measured"] is None else row["measured"]}) for row in rows]
 
 
 def measure(config: Config, pretrained: Checkpoint, converted: Checkpoint) -> tuple[list[Check], dict[str, Any]]:

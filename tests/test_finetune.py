@@ -241,6 +241,8 @@ def test_the_critics_are_judged_on_episodes_that_came_to_an_end(monkeypatch):
     seen = [returns[:length, lane] for lane, length in enumerate((3, 4, 5))]
     expected = [1.0 - np.mean((0.5 * part) ** 2) / part.var() for part in seen]
     np.testing.assert_allclose(subject.explained(), expected)
+    subject.round.arrays["ended"][:, 1] = 0.0
+    np.testing.assert_allclose(subject.explained(), [expected[0], np.nan, expected[2]])
 
 
 def test_a_round_goes_on_where_it_was_saved():
@@ -310,6 +312,28 @@ def test_the_result_is_never_below_the_start(converted, tmp_path, monkeypatch, v
     if validation > 0:
         assert metrics["gain"] == pytest.approx(fresh) and metrics["candidate_step"] == 240
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.html", "out.metrics.jsonl"]
+
+
+def scores_of(value: float) -> Scores:
+    return Scores(*np.full((4, c.NUM_TASKS, 2), value))
+
+
+@pytest.mark.parametrize(("best_again", "diverged_at", "chosen"), [(0.3, None, 240), (0.5, None, 120), (0.3, 240, 120)])
+def test_the_best_in_validation_and_the_last_are_compared_on_other_seeds(monkeypatch, best_again, diverged_at, chosen):
+    subject = with_a_round(240)
+    subject.run.diverged_at = diverged_at
+    policies = {"start": {"step": 0}, "best": {"step": 120}}
+    subject.run.kept = {name: stage.Candidate(arrays, arrays["step"], scores_of(0.9 if arrays["step"] else 0.0).score)
+                        for name, arrays in policies.items()}  # fmt: skip
+    monkeypatch.setattr(subject.learner, "arrays", lambda: {"step": 240})
+    again = {120: best_again, 240: 0.4}
+
+    def validate(arrays, purpose):
+        return scores_of(again[arrays["step"]] if purpose == stage._SELECTION else float(arrays["step"] > 0))
+
+    monkeypatch.setattr(subject, "validate", validate)
+    arrays, verdict = subject.choose()
+    assert arrays == {"step": chosen} and verdict["result"] == "candidate" and verdict["candidate_step"] == chosen
 
 
 # --- runs ---------------------------------------------------------------------------------------------

@@ -278,3 +278,11 @@ def test_bad_input(pretrained, converted, tmp_path):
     other = save(tmp_path / "other", "pretrained", other_arrays, None)
     with pytest.raises(UserError, match="was not converted from"):
         gates.main(gates.Config(other.path, converted.path))
+
+
+def test_a_failed_result_that_is_there_already_says_what_failed(pretrained, converted, monkeypatch, capsys):
+    nothing = gates.Check(3, "walked", np.nan, 0.5, None, "the twin", "look at the gait")
+    row = dataclasses.asdict(nothing) | {"measured": None, "passed": False}
+    monkeypatch.setattr(gates, "finished", lambda file, identity: {"passed": False, "checks": [row]})
+    assert not gates.main(gates.Config(pretrained.path, converted.path))["passed"]
+    assert "failed: gate 3, walked: nan is not within >= +0.5 (the twin); look at the gait" in capsys.readouterr().err

@@ -64,10 +64,8 @@ def test_without_a_gpu_the_page_says_so():
     assert failed(inventory=on_cpu, memory_gb=None) == []
     assert "There was no GPU" in check.page(MEASURED | {"inventory": on_cpu, "memory_gb": None})
     text = check.page(MEASURED)
-    assert (
-        "There was no GPU" not in text and "| steps/s with updates | unknown: this is the first | 50,000 |  |" in text
-    )
-    assert "| GPU memory, most | at most 18 GB; XLA counts 4.2 GB for `l4` | 5.5 GB | passed |" in text
+    assert "There was no GPU" not in text and "| steps/s with updates | 30,000 on an H100 (`l4`) | 50,000 |  |" in text
+    assert "| GPU memory, most | at most 18 GB; 3.5 GB on an H100 (`l4`) | 5.5 GB | passed |" in text
 
 
 def test_an_estimate_by_hand():

@@ -165,7 +165,7 @@ def of_submission(package: Path) -> Path:
     rows.append(("mean", f"{score['mean']:+.3f}", "", ""))
     header = ("task", "score by the SDK", "apart from our runner, same torques", "torque apart, N m")
     text = [f"{score['episodes_per_task']} episodes a task by the platform's own SDK, seed {score['seed']}."]
-    text.append("It was sent." if (package / "receipt.json").exists() else "Nothing was sent; --yes sends it.")
+    text.append("It was sent." if (package / "submission.json").exists() else "Nothing was sent; --yes sends it.")
     sections = [Section("Proof", text, Table(header, rows))]
     return page.write(beside(package, "html"), "Submission package", str(package), sections)
 
@@ -213,7 +213,7 @@ def verdict_in_words(metrics: Mapping[str, Any]) -> list[str]:
         words = f"The start was kept, because no candidate scored above it in validation. {start}."
     else:
         gain, error = metrics["gain"], metrics["standard_error"]
-        candidate = f"the best candidate, of step {metrics['candidate_step']:,}, {metrics['validation_candidate']:+.2f}"
+        candidate = f"the candidate, of step {metrics['candidate_step']:,}, {metrics['validation_candidate']:+.2f}"
         on_fresh = f"on fresh seeds the candidate gained {gain:+.3f}, with a standard error of {error:.3f}"
         if metrics["result"] == "candidate":
             words = f"The candidate replaced the start, because {on_fresh}. {start}, {candidate}."
