@@ -110,6 +110,7 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         "evaluate": [
             ["evaluate.py", *row.which, "--backend", row.backend, "--seed", str(row.seed)]
             + ["--json", str(row.file), *scores]
+            + (["--gates", str(out / "gates.json")] if row.backend == "official" else [])
             for row in evaluations(out, config.seed)
         ],
         "submit": [["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]],
@@ -196,8 +197,7 @@ def tracked(config: Config, out: Path, summary: dict[str, Any]) -> Result:
     means = {task: fine_tuned[task] for task in c.TASKS}
     judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
     seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
-    claim = (out / "finetuned", out / "gates.json", Path(fine_tuned["file"]))
-    return Result(seconds, [out / "summary.json", *stage_pages.of_chain(out)], row=judged, claim=claim)
+    return Result(seconds, [out / "summary.json", *stage_pages.of_chain(out)], row=judged)
 
 
 @guarded()

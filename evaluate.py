@@ -3,6 +3,7 @@
     python evaluate.py --checkpoint DIR [--episodes 100] [--seed 0] [--start-noise 0.02] [--json FILE]
                        [--plot FILE.png] [--video FILE.mp4] [--backend official|twin]
     python evaluate.py --checkpoint DIR --only target:123 [--start-noise 0.02] [--video FILE.mp4]
+    python evaluate.py --checkpoint DIR --json FILE --gates GATES.json
     python evaluate.py --policy hold
 
 Input: a checkpoint directory. Output: tables of the score, its terms, the ball's motion and the worst
@@ -10,8 +11,9 @@ episodes; with `--json` a file that holds per task the mean, standard deviation,
 fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks, and beside it a page
 of the same name (.html) with tables, figures, episodes to play and advice; with `--plot` the
 distribution of the scores; with `--video` the first episode of each task side by side (.mp4, .webp or .gif), where the
-machine has an OpenGL. `--only` plays one episode again, by its task and seed. The numbers do not depend on the number
-of workers, nor on the backend: the twin gives the official numbers, faster.
+machine has an OpenGL. `--only` plays one episode again, by its task and seed. With `--gates` a fine-tuned checkpoint
+that is scored officially becomes the registry's `Champion`, if it has earned it. The numbers do not depend on the
+number of workers, nor on the backend: the twin gives the official numbers, faster.
 """
 
 from booster_soccer import terminal
@@ -57,6 +59,9 @@ class Config:
     only: str | None = None  # task:seed, play this one episode instead, e.g. target:123
     backend: Literal["official", "twin"] = "official"  # which environment plays
     workers: int | None = None  # processes; default one per core
+    gates: Path | None = (
+        None  # JSON file of gates.py about a fine-tuned checkpoint's conversion: it may be the Champion
+    )
     tracking: TrackConfig = TrackConfig()
 
 
@@ -76,6 +81,11 @@ def _check(config: Config) -> None:
         video.check_name(config.video)
     for file in (config.plot, config.video):
         finished(file, {})
+    if config.gates is not None and (config.json is None or config.backend != "official" or not config.gates.is_file()):
+        raise UserError(
+            f"--gates {config.gates}: a Champion needs this file (gates.py --json writes it), --json FILE and the "
+            "official backend"
+        )
 
 
 def _episode(text: str) -> Episode:
@@ -175,7 +185,10 @@ def tracked(config: Config, subject: Subject, result: dict, files: list[Path]) -
                for name in ("success", "fall")}  # fmt: skip
     means = {task: of_task["mean"] for task, of_task in tasks.items()}
     judged = score_columns(means, config.backend, config.episodes, config.start_noise)
-    return Result(numbers, files, subject.checkpoint, judged)
+    claim = None
+    if config.gates is not None and config.checkpoint is not None and config.json is not None:
+        claim = (config.checkpoint, config.gates, config.json)
+    return Result(numbers, files, subject.checkpoint, judged, claim=claim)
 
 
 @guarded("json", "plot", "video")

@@ -61,7 +61,7 @@ class Config:
     preset: str = "cpu"  # what the trials' other settings are
     preset_file: Path | None = None  # instead: settings from a file
     total_steps: int = 400_000  # of each trial
-    report_every: int = 50_000  # steps between two looks at the return, and the earliest end of a bad trial
+    report_every: int = 50_000  # steps between two looks at the return; a bad trial has two at least
     startup_trials: int = 8  # drawn at random, and never pruned
     seed: int = 0  # of the trainings
     storage: str | None = None  # URL of a database, where one machine is not enough; None: journal.log in --out

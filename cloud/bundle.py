@@ -78,12 +78,17 @@ FIVE = {
         Step("finetune", "gpu", 12, f"finetune_ddpg.py {PRESET} --checkpoint converted --out finetuned --resume"),
     ],
     "submit": [
-        Step("evaluate", "cpu", 3, "evaluate.py --checkpoint finetuned --start-noise 0.02 --json evaluation.json"),
+        Step(
+            "evaluate",
+            "cpu",
+            3,
+            "evaluate.py --checkpoint finetuned --start-noise 0.02 --gates gates.json --json evaluation.json",
+        ),
         Step("submit", "cpu", 2, "submit.py --checkpoint finetuned --out submission"),  # a dry run: no --yes
     ],
 }
 GPU_CHECK = [Step("gpu_check", "gpu", 1, "cloud/gpu_check.py --out gpu_check")]
-_TUNE = f"tune_sac.py {PRESET} --out tune --trials 40 --total-steps 5000000 --report-every 500000"
+_TUNE = f"tune_sac.py {PRESET} --out tune --trials 40 --total-steps 4000000 --report-every 500000"
 TUNE = [Step("tune", "gpu", 24, _TUNE)]
 WORKERS = 8  # of a study, at most, each with a `run` of its own
 

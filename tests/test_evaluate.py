@@ -356,6 +356,10 @@ def test_bad_input_is_told_before_anything_runs(made_up, tmp_path):
     refused("cannot write .*file/score.json: .*name another", policy="zero", json=tmp_path / "file/score.json")
     refused("cannot write .*: File name too long", policy="zero", plot=tmp_path / f"{'x' * 300}.png")
     refused("nowhere", checkpoint=tmp_path / "nowhere")
+    gates = {"policy": "zero", "gates": tmp_path / "file"}
+    refused("a Champion needs this file .*, --json FILE and the official", **gates)
+    refused("a Champion needs", **gates, json=tmp_path / "new.json", backend="twin")
+    refused("a Champion needs", policy="zero", gates=tmp_path / "none", json=tmp_path / "new.json")
     assert made_up == []
 
 
