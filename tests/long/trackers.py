@@ -221,6 +221,15 @@ def test_files_alone(tmp_path, without):
     assert "W&B: offline (no key)" in said and "MLflow: run" in said
 
 
+def test_processes_that_make_the_store_at_the_same_moment(tmp_path):
+    """A chain and its stage begin together: MLflow itself then fails with "table already exists"."""
+    program = "from booster_soccer.tracking import mlflow_writer as w; w.use_default_store(); w._make_store()"
+    variables = environment_of(tmp_path, "mlflow")
+    start = {"cwd": tmp_path, "env": variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    makers = [subprocess.Popen([sys.executable, "-c", program], **start) for _ in range(6)]
+    assert [maker.communicate()[1] for maker in makers if maker.wait()] == []
+
+
 def test_files_alone_beside_a_real_training(tmp_path):
     command = [str(ROOT / STAGES["finetune"][0]), *STAGES["finetune"][1:], "--out", "out/run"]
     without, with_trackers = (train(tmp_path / track, track, command)[0] for track in ("none", "wandb mlflow"))
