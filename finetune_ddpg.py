@@ -397,7 +397,7 @@ class Finetuning:
         self.round.restore(checkpoints.load_extra(saved, "round"), what)
         self.statistics = Statistics(statistics)
         restore_rng(self.rng, lanes["rng"])
-        self.critic_obs = self.lanes.restore(lanes)
+        self.critic_obs = self.lanes.restore({name: lanes[name] for name in lanes.keys() - now.keys()})
         if not np.array_equal(self.critic_obs, lanes["critic_obs"]):
             print("warning: the running episodes did not repeat exactly (another machine?): going on all the same")
 
