@@ -59,9 +59,7 @@ class Config:
     only: str | None = None  # task:seed, play this one episode instead, e.g. target:123
     backend: Literal["official", "twin"] = "official"  # which environment plays
     workers: int | None = None  # processes; default one per core
-    gates: Path | None = (
-        None  # JSON file of gates.py about a fine-tuned checkpoint's conversion: it may be the Champion
-    )
+    gates: Path | None = None  # JSON file of gates.py: a fine-tuned checkpoint may then become the Champion
     tracking: TrackConfig = TrackConfig()
 
 

@@ -339,12 +339,11 @@ class Finetuning:
             print("no candidate scored above the start in validation: the result is the start policy")
             return self.start.arrays, verdict
         if self.run.diverged_at is None and best.steps < self.run.steps:
-            last = Candidate(
-                self.learner.arrays(), self.run.steps, self.validate(self.learner.arrays(), _SELECTION).score
-            )
-            again = self.validate(best.arrays, _SELECTION)
-            print(f"best in validation (step {best.steps:,}) {again}; last {last.scores.mean():+.3f}")
-            best = last if last.scores.mean() >= again.mean else best
+            arrays = self.learner.arrays()
+            again, last = self.validate(best.arrays, _SELECTION), self.validate(arrays, _SELECTION)
+            print(f"the best in validation (step {best.steps:,}), again: {again}; the last policy: {last}", flush=True)
+            if last.mean >= again.mean:
+                best = Candidate(arrays, self.run.steps, last.score)
         start, candidate = (self.validate(policy.arrays, _CONFIRMATION) for policy in (self.start, best))
         mean, standard_error = gain(candidate.score, start.score)
         print(f"fresh seeds: start {start}; candidate of step {best.steps:,} {candidate}")
