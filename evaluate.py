@@ -118,7 +118,7 @@ def subject_of(config: Config) -> Subject:
         return Subject(reference_policy(name), name, {"policy": name})
     checkpoint = checkpoints.load(config.checkpoint)
     about = {"checkpoint": str(config.checkpoint), "stage": checkpoint.stage, "hash": checkpoint.hash}
-    title = f"{config.checkpoint} ({checkpoint.stage})"
+    title = f"{config.checkpoint} ({checkpoint.stage}, {checkpoint.hash})"
     return Subject(policy_from_arrays(checkpoint.arrays), title, about, checkpoint)
 
 
@@ -166,13 +166,12 @@ def film(config: Config, subject: Subject, file: Path) -> list[Path]:
         episodes = [_episode(config.only)]
     else:
         episodes = [Episode(task, official.match_seed(config.seed, 0)) for task in c.TASKS]
-    title = subject.title + (f", checkpoint {subject.hash}" if subject.hash else "")
     try:
         video.opengl()
     except UserError as error:
         print(f"warning: no video is written: {error}", file=sys.stderr)
         return []
-    video.write(file, subject.policy, episodes, config.start_noise, title, subject.hash)
+    video.write(file, subject.policy, episodes, config.start_noise, subject.title, subject.hash)
     return [file]
 
 
