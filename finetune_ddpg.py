@@ -103,7 +103,7 @@ class Config:
     resume: bool = False  # go on from <out>.resume, if it is there
 
 
-# Measured: `demo` and `cpu` (docs/results.md). `l4` is `cpu` with videos: its lanes are played on the node's CPU cores.
+# Measured: `cpu` (docs/results.md). `l4` is `cpu` with videos: its lanes are played on the node's CPU cores.
 _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
 _L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", records=replace(_CPU.records, video_every_s=600.0))
 PRESETS = {

@@ -423,7 +423,10 @@ def main(config: Config) -> dict[str, Any]:
 
 def checks_of(report: dict[str, Any]) -> list[Check]:
     """The checks of a JSON file's content; a number that was not finite is null there."""
-    rows = [{field.name: row[field.name] for field in fields(Check)} for row in report["checks"]]
+    try:
+        rows = [{field.name: row[field.name] for field in fields(Check)} for row in report["checks"]]
+    except (KeyError, TypeError) as error:
+        raise UserError("this result of gates.py is another code's: remove the file to measure again") from error
     return [Check(**row | {"measured": math.nan if row["measured"] is None else row["measured"]}) for row in rows]
 
 

@@ -77,7 +77,9 @@ def measure(name: str, program: Callable, arguments: tuple, run: Callable[[Any],
 def parts(config: Config) -> list[Part]:
     """Physics, gradient steps, whole loop."""
     preset = train_mjx_sac.PRESETS[config.preset]
-    collect = replace(preset.collect, num_envs=config.num_envs or preset.collect.num_envs)
+    lanes = preset.collect.num_envs if config.num_envs is None else config.num_envs
+    collect = replace(preset.collect, num_envs=lanes)
+    train_mjx_sac.check(replace(preset, engine="mjx", collect=collect))
     learner = Sac(preset.sac)
     state = learner.init(jax.random.key(0))
     loop = MjxLoop(collect, learner, Tasks(), 0, state)
