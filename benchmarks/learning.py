@@ -20,6 +20,8 @@ from booster_soccer.errors import UserError
 from booster_soccer.store.run import read_records
 
 SCORES = (-0.80, 0.0, 4.0, 8.0)
+# Runs are told apart without colour too: (marker, line), as often as there are runs.
+_STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,19 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for name, judgements in runs.items():
+    for number, (name, judgements) in enumerate(runs.items()):
+        marker, line = _STYLES[number % len(_STYLES)]
         scores = [row["eval/score"] for row in judgements]
-        axes[0].plot([row["wall_s"] / 60 for row in judgements], scores, marker=".", label=name)
-        axes[1].plot([row["step"] / 1e6 for row in judgements], scores, marker=".", label=name)
+        for axis, times in zip(axes, ([row["wall_s"] / 60 for row in judgements],
+                                      [row["step"] / 1e6 for row in judgements]), strict=True):  # fmt: skip
+            axis.plot(times, scores, marker=marker, markersize=4, linestyle=line, label=name)
     for axis, label in zip(axes, ("wall time, min", "steps, millions"), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        for score in SCORES:
+        low, high = axis.get_ylim()
+        for score in (score for score in SCORES if low < score < high):  # of the table
             axis.axhline(score, color="grey", linewidth=0.7, linestyle=":")
-    axes[0].set_ylabel("official score on the twin")
+    axes[0].set_ylabel("official score on the twin, points")
     axes[0].legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
