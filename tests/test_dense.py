@@ -78,6 +78,14 @@ def test_shot_is_the_change_of_value(xp):
     assert terms(xp, situation(xp), {"shot_value": 1.5}, {"shot_value": 4.0})["shot"] == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize("task, after, kept", [("target", 4.0, 0.0), ("target", -2.0, -2.0), ("goalie", 4.0, 4.0)])
+def test_a_fall_takes_back_what_the_ball_still_promised_a_target(xp, task, after, kept):
+    fell = terms(xp, situation(xp, task), {"shot_value": 4.5}, {"shot_value": after}, fallen=True)
+    assert fell["shot"] == pytest.approx(kept - 4.5)
+    stood = terms(xp, situation(xp, task), {"shot_value": 4.5}, {"shot_value": after})
+    assert stood["shot"] == pytest.approx(after - 4.5)
+
+
 def test_approach_pays_new_ground_only_and_a_constant_while_a_penalty_is_under_way(xp):
     def approach(before, now, task="goalie", shot=0.0, **changes):
         before, after = {"nearest_approach_m": before}, {"nearest_approach_m": now, "shot_value": shot}

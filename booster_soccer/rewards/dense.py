@@ -210,8 +210,11 @@ def dense_terms(s: Situation, before: Memory, after: Memory, events: Events, act
     follow = xp.maximum(xp.exp(-approach_distance_m(s, xp)), xp.where(rolls, path.hit * path.in_time, 0.0))
     fallen = events.fallen | events.diverged
     lost = events.out_of_field & is_target  # in penalty kicks the shot's value has said it
+    # A fall in the target task ends the ball's way too: what it still promised is taken back. Otherwise falling just
+    # before it misses keeps what the kick was paid, and a policy learns to do so (docs/experiments.md).
+    kept = xp.where(is_target & fallen, xp.minimum(after.shot_value, 0.0), after.shot_value)
     terms = {
-        "shot": after.shot_value - before.shot_value,
+        "shot": kept - before.shot_value,
         "approach": xp.where(under_way, 0.5, approach),
         "dribble": xp.where(is_target, dribble, 0.0),
         "follow": xp.where(is_target, follow, 0.0),
