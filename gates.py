@@ -31,10 +31,8 @@ from booster_soccer import runtime
 
 runtime.prepare()  # before jax is imported
 
-import gymnasium as gym
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 import tyro
 
@@ -42,7 +40,8 @@ from booster_soccer import errors
 from booster_soccer.agents import conversion
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.envs import constants as c
-from booster_soccer.envs import official, scene
+from booster_soccer.envs import official
+from booster_soccer.envs.turned import Info, Turned, random_quat_wxyz, turn, turned_rng
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe
 from booster_soccer.preprocess.submission import Preprocessor
@@ -60,11 +59,7 @@ MIN_STATES = 100  # per task
 FLOAT32_LIMIT, FLOAT64_LIMIT = 1e-6, 1e-12  # of an observed number or turned vector a, times max(1, |a|)
 ROTATION_LIMIT = 1e-5  # metres and units of gravity; the official quaternion is float32
 _TURNS = 20  # robots turned per task to prove the quaternion's order
-_TILT_RAD = 0.2  # standard deviation of roll and pitch of turned robots
 _SCORE_ROUNDS = 4  # in how many, at most, the converted policy's score may miss before that is a failure
-_TURNED_STREAM = 1  # a random stream beside the bare seed's
-
-Info = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -111,36 +106,6 @@ class Check:
 
 
 # --- official states ----------------------------------------------------------------------------------
-
-
-def turn(env: gym.Env, quat_wxyz: np.ndarray) -> tuple[np.ndarray, Info]:
-    """Turn the official robot where it stands; `obs` and `info` from the environment's own methods."""
-    base = env.unwrapped
-    model, data = base.sim.model._model, base.sim.data._data
-    root = scene.official_addresses(model).root_q
-    data.qpos[root] = [*data.qpos[root][:3], *quat_wxyz]
-    mujoco.mj_forward(model, data)
-    return base._get_obs(), base._get_info() | {"task_index": env.task_index}
-
-
-def random_quat_wxyz(rng: np.random.Generator) -> np.ndarray:
-    """Any heading, and a tilt as of a stumbling robot."""
-    roll_pitch_yaw_rad = [*rng.normal(0.0, _TILT_RAD, 2), rng.uniform(-np.pi, np.pi)]
-    quat_wxyz = np.zeros(4)
-    mujoco.mju_euler2Quat(quat_wxyz, roll_pitch_yaw_rad, "XYZ")
-    return quat_wxyz
-
-
-class Turned(gym.Wrapper):
-    """The official environment, its robot turned at every start."""
-
-    def __init__(self, env: gym.Env, seed: int):
-        super().__init__(env)
-        self._rng = np.random.default_rng((seed, _TURNED_STREAM))
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, Info]:
-        self.env.reset(seed=seed, options=options)
-        return turn(self.env, random_quat_wxyz(self._rng))
 
 
 def record(
@@ -200,7 +165,7 @@ def difference(actual: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
 
 def rotation_error(task: str, seed: int) -> float:
     """Largest error of gravity and ball (heading frame, m) of turned robots, by MuJoCo's rotation matrix."""
-    env, rng = official.make(task), np.random.default_rng((seed, _TURNED_STREAM))
+    env, rng = official.make(task), turned_rng(seed)
     official.reset(env, official.match_seed(seed, 0))
     data, imu_site = env.unwrapped.sim.data._data, env.unwrapped._root_site
     errors_of_turns = []

@@ -15,10 +15,11 @@ from sai_rl.model import ModelManager
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
+from booster_soccer.envs.turned import turn
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe, projected_gravity, yaw_rad
 from booster_soccer.preprocess.official_layout import OFFICIAL_SIZE, official_features
 from booster_soccer.preprocess.submission import Preprocessor
-from gates import difference, in_jax, observed, record, submitted_preprocessor, turn
+from gates import difference, in_jax, observed, record, submitted_preprocessor
 
 STATES = 150  # per task; the gate asks for at least 100
 SQRT_HALF = np.sqrt(0.5)
