@@ -38,7 +38,7 @@ from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.store.atomic import OTHER_PLACE, os_errors, write_file
 from booster_soccer.store.entry import guarded, owned
 from booster_soccer.store.manifests import finite
@@ -137,7 +137,7 @@ def run_script(stage: str, command: list[str]) -> None:
     if status := process.returncode:
         raise UserError(
             f"stage '{stage}' failed: {script} ended with status {status}, its message is above; once its "
-            "cause is removed, the same command with --resume goes on from here"
+            f"cause is removed, the same command with --resume goes on from here; {More.STAGE}"
         )
 
 

@@ -39,7 +39,7 @@ from rich.table import Table
 from booster_soccer import errors
 from booster_soccer.agents import conversion, onnx_policy
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE, TABLE
 from booster_soccer.rollout.play import met_observations
 from booster_soccer.store import checkpoints
@@ -73,7 +73,7 @@ def check_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         if found != shape:
             raise UserError(
                 f"checkpoint {path}: {name} should have shape {shape}, found {found}: "
-                "it was written by other code; pre-train again with this one"
+                f"it was written by other code; pre-train again with this one; {More.CHECKPOINT}"
             )
     if not (arrays["normalizer.std"] > 0).all():
         raise UserError(f"checkpoint {path}: normalizer.std is not positive: pre-train again")

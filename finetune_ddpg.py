@@ -48,7 +48,7 @@ from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.cli import parse
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.annealing import anneal
@@ -139,7 +139,7 @@ def check(config: Config) -> None:
             if settings[name] < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {settings[name]}")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here (torch.cuda.is_available()): use auto or cpu")
+        raise UserError(f"--device cuda: PyTorch sees no GPU here: use auto or cpu; {More.NO_GPU}")
     for name in ("discount", "trace_decay", "exploration_std"):
         if not 0.0 < settings[name] < 1.0:
             raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {settings[name]}")
@@ -336,7 +336,7 @@ class Finetuning:
         verdict: dict = {"result": "start", "validation_start": float(self.start.scores.mean())}
         best = self.run.kept.get("best")
         if best is None:
-            print("no candidate scored above the start in validation: the result is the start policy")
+            print(f"no candidate scored above the start in validation: the result is the start policy; {More.START}")
             return self.start.arrays, verdict
         if self.run.diverged_at is None and best.steps < self.run.steps:
             arrays = self.learner.arrays()
@@ -354,10 +354,11 @@ class Finetuning:
             "gain": mean,
             "standard_error": standard_error,
         }
+        of_gain = f"gain {mean:+.3f} +- {standard_error:.3f}"
         if mean > standard_error:
-            print(f"gain {mean:+.3f} +- {standard_error:.3f}: the result is the candidate")
+            print(f"{of_gain}: the result is the candidate")
             return best.arrays, verdict | {"result": "candidate"}
-        print(f"gain {mean:+.3f} +- {standard_error:.3f} is not above its standard error: the result is the start")
+        print(f"{of_gain} is not above its standard error: the result is the start; {More.START}")
         return self.start.arrays, verdict
 
     # --- state --------------------------------------------------------------------------------------------
@@ -380,17 +381,15 @@ class Finetuning:
 
     def take_up(self, saved: Checkpoint, fill: Callable[[Replay], None]) -> None:  # there is no buffer
         """Go on from a saved state."""
-        learner, lanes, statistics = (
-            checkpoints.load_extra(saved, name) for name in ("learner", "lanes", "statistics")
-        )
+        learner, lanes, statistics = (checkpoints.load_extra(saved, key) for key in ("learner", "lanes", "statistics"))
         what = f"{saved.path}: the saved state"
         now = {"critic_obs": np.zeros((len(self.lanes.tasks), CRITIC_OBS_SIZE), np.float32), "rng": rng_array(self.rng)}
         check_like(lanes, self.lanes.state() | now, what)
         lengths = lanes["lane_length"]
         if min(lanes["lane_episode"].min(), lengths.min()) < 0 or lengths.max() > c.EPISODE_ACTIONS:
-            raise UserError(f"{what} holds impossible episodes: use an older one")
+            raise UserError(f"{what} holds impossible episodes: use an older one; {More.RUN}")
         if any(value.shape != (2,) or value.dtype != np.float64 for value in statistics.values()):
-            raise UserError(f"{what}: its statistics are no sums: use the code that wrote it")
+            raise UserError(f"{what}: its statistics are no sums: use the code that wrote it; {More.CHECKPOINT}")
         with _as_user_error(what):
             self.learner = Ddpg.restore(self.config.ddpg, saved.arrays, learner, self.device)
         self.round.restore(checkpoints.load_extra(saved, "round"), what)
@@ -407,8 +406,8 @@ def _as_user_error(what: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError) as error:
-        message = str(error).replace("\n", " ")[:100]
-        raise UserError(f"{what} does not fit these networks ({message}): use the code that wrote it") from error
+        message = f"{what} does not fit these networks ({errors.one_line(str(error))[:100]})"
+        raise UserError(f"{message}: use the code that wrote it; {More.CHECKPOINT}") from error
 
 
 @guarded("out")

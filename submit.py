@@ -50,7 +50,7 @@ from booster_soccer.agents.ddpg import Actor, load_module
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.agents.submission_model import scripted
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS
@@ -135,7 +135,7 @@ def build(config: Config, checkpoint: checkpoints.Checkpoint, identity: dict[str
         try:
             torch.jit.save(model, str(work / MODEL))
         except RuntimeError as error:  # how PyTorch reports a full disk
-            raise UserError(f"cannot write {config.out}: {_one_line(error)}; free space there") from error
+            raise UserError(f"cannot write {config.out}: {_one_line(error)}; free space; {More.DISK_FULL}") from error
         (work / PREPROCESSOR).write_text(inspect.getsource(Preprocessor))
         tasks = prove(work, checkpoint, config)
         mean = float(np.mean([result["mean"] for result in tasks.values()]))
@@ -169,7 +169,7 @@ def actor_from_checkpoint(checkpoint: checkpoints.Checkpoint) -> Actor:
     if not difference <= ACTION_LIMITS["float32"]:
         raise UserError(
             f"checkpoint {checkpoint.path}: in PyTorch its policy differs from its golden actions by "
-            f"{difference:.1e}, more than {ACTION_LIMITS['float32']:.0e}; convert it again"
+            f"{difference:.1e}, more than {ACTION_LIMITS['float32']:.0e}; convert it again; {More.CHECKPOINT}"
         )
     return actor
 
@@ -211,7 +211,7 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
         env = official.make(task)
         scores, seconds, seeds, manager = sdk_benchmark(sdk, package, env, task, config)
         if seeds != [official.match_seed(config.seed, i) for i in range(config.episodes)]:
-            raise UserError("the SDK drew other seeds than envs/official.py: use the pinned sai-rl")
+            raise UserError(f"the SDK drew other seeds than envs/official.py: use the pinned sai-rl; {More.VERSIONS}")
         replay = SubmittedTorque(env, manager)
         lanes = player.OfficialLanes(task, replay, _hold_steps(config))
         replayed = list(player.play(lanes, policy, [player.Episode(task, seed) for seed in seeds]))
@@ -231,13 +231,13 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
             raise UserError(
                 f"task '{task}': the SDK's benchmark scored {scores}, our runner with the same torques "
                 f"{[result.score for result in replayed]}: one of the two has changed; use the pinned sai-rl "
-                "and sai-mujoco, then report this"
+                f"and sai-mujoco, then report this; {More.DRY_RUN}"
             )
         if not replay.max_difference_nm <= TORQUE_TOLERANCE_NM:
             raise UserError(
                 f"task '{task}': the submitted model's torque differs from our own control's by "
                 f"{replay.max_difference_nm:.3g} N m, more than {TORQUE_TOLERANCE_NM}: agents/submission_model.py and "
-                "envs/pd.py disagree, so neither can be trusted; report this"
+                f"envs/pd.py disagree, so neither can be trusted; report this; {More.DRY_RUN}"
             )
     if config.hold:
         _add_evaluation(tasks, policy, player)
@@ -262,7 +262,8 @@ def sdk_benchmark(
             )
         except sdk.SAIError as error:
             cause = error.__cause__ or error
-            raise UserError(f"task '{task}': the SDK refused the package: {_one_line(cause)}") from error
+            said = f"task '{task}': the SDK refused the package: {_one_line(cause)}"
+            raise UserError(f"{said}; {More.DRY_RUN}") from error
     return [e["score"] for e in episodes], [e["duration"] for e in episodes], seeds, manager
 
 
@@ -306,7 +307,8 @@ def send(package: Path, competition: str, name: str) -> None:
     """Send the two files with the SDK's client and keep the platform's answer; `UserError` if it fails."""
     receipt = package / RECEIPT
     if receipt.exists():
-        raise UserError(f"{receipt}: this package was sent already, and the platform refuses a model twice")
+        said = f"{receipt}: this package was sent already, and the platform refuses a model twice"
+        raise UserError(f"{said}; {More.SUBMISSION}")
     sdk = _import_sdk()
     # Where a newer version exists the SDK offers to install it, which would break the pinned environment.
     sdk.PackageControl._ask_user_for_installation = lambda *args, **kwargs: False
@@ -314,10 +316,7 @@ def send(package: Path, competition: str, name: str) -> None:
         client = sdk.SAIClient()
         _check_tasks(client.load_competition(competition), competition)
         answer = client.submit(
-            name,
-            model=str(package / MODEL),
-            model_type="pytorch",
-            preprocessor_class=str(package / PREPROCESSOR),
+            name, model=str(package / MODEL), model_type="pytorch", preprocessor_class=str(package / PREPROCESSOR)
         )
     except UserError:
         raise
@@ -325,7 +324,7 @@ def send(package: Path, competition: str, name: str) -> None:
     except (Exception, SystemExit) as error:
         raise UserError(
             f"could not send {package} to '{competition}': {_one_line(error)}; the package is complete, "
-            "try again with the same command"
+            f"try again with the same command; {More.SUBMISSION}"
         ) from None
     _write_json(receipt, answer.model_dump() | {"sent_utc": datetime.now(UTC).isoformat(timespec="seconds")})
     print(f"sent: submission {answer.id}, status {answer.status}; the answer is in {receipt}")
@@ -338,7 +337,7 @@ def _check_tasks(tasks: list, competition: str) -> None:
     if found != expected:
         raise UserError(
             f"competition '{competition}' has the tasks {found}, but the policy was trained for {expected}: "
-            "choose the right one with --competition"
+            f"choose the right one with --competition; {More.SUBMISSION}"
         )
 
 
@@ -358,7 +357,9 @@ def _import_sdk() -> SimpleNamespace:
             from sai_rl.types import EnvironmentType, PackageType, TaskType  # noqa: F401
         return SimpleNamespace(**locals())
     except ImportError as error:
-        raise UserError(f"cannot import the platform's SDK: {_one_line(error)}; install sai-rl") from error
+        raise UserError(
+            f"cannot import the platform's SDK: {_one_line(error)}; install sai-rl; {More.VERSIONS}"
+        ) from error
     except OSError as error:
         raise UserError(
             f"the platform's SDK cannot write its settings: {_one_line(error)}; set HOME to a writable directory"
@@ -373,7 +374,7 @@ def _import_player():
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"cannot import the official environments with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: "
-            f"{_one_line(error)}; nothing is rendered here, so set MUJOCO_GL=disable"
+            f"{_one_line(error)}; nothing is rendered here, so set MUJOCO_GL=disable; {More.OPENGL}"
         ) from error
     return official, play
 
@@ -393,7 +394,7 @@ def _check_config(config: Config) -> None:
         raise UserError(f"--seed {config.seed}: the platform's seeds are 0 to 2^256 - 1")
     check_own_directory(config.out)
     if config.yes and not os.environ.get(KEY_VARIABLE):
-        raise UserError(f"no API key: set {KEY_VARIABLE} to the key of your account, or leave out --yes")
+        raise UserError(f"no API key: set {KEY_VARIABLE} to your account's key, or leave out --yes; {More.SUBMISSION}")
 
 
 def _check_same_package(out: Path, identity: dict[str, Any]) -> None:

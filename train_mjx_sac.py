@@ -47,7 +47,7 @@ from booster_soccer.cli import parse
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.randomization import level
 from booster_soccer.envs.tasks import Tasks
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
 from booster_soccer.rollout.judge import START_NOISE_RAD, judge
@@ -142,9 +142,12 @@ def check(config: Config) -> None:
         backend = jax.default_backend()
     except RuntimeError as error:
         where = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
-        raise UserError(f"JAX finds no device with {where}: {error}; unset it, or set it to cpu") from error
+        raise UserError(
+            f"JAX finds no device with {where}: {error}; unset it, or set it to cpu; {More.NO_GPU}"
+        ) from error
     if config.engine == "mjx" and backend == "cpu":
-        print("warning: JAX sees no GPU: MJX is some 40 times slower than --engine native here", file=sys.stderr)
+        slower = "MJX is some 40 times slower than --engine native here"
+        print(f"warning: JAX sees no GPU: {slower}; {More.NO_GPU}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -248,7 +251,10 @@ class Pretraining:
         lanes = {name: value for table in tables for name, value in checkpoints.load_extra(saved, table).items()}
         sums = named(lanes, "sum.")
         if any(value.shape for value in sums.values()):
-            raise UserError(f"{saved.path}: the saved state of the lanes is another code's: use the code that wrote it")
+            raise UserError(
+                f"{saved.path}: the saved state of the lanes is another code's: use the code that wrote it; "
+                f"{More.CHECKPOINT}"
+            )
         self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
         if self.config.resume_buffer == "refill":
             steps, collect = saved.manifest["steps"], self.config.collect
@@ -256,7 +262,9 @@ class Pretraining:
             self.loop.begin(self.learner_state, steps // collect.num_envs)
             return
         if "lanes" not in tables:
-            raise WrongRun(f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones")
+            raise WrongRun(
+                f"{saved.path} was saved without its lanes: give --resume-buffer refill for new ones; {More.RUN}"
+            )
         replay = Replay(self.loop.replay.capacity, ROW_SHAPES)
         fill(replay)
         self.loop.restore({name: value for name, value in lanes.items() if not name.startswith("sum.")}, replay)

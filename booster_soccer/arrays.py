@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 
 
 def rng_array(rng: np.random.Generator) -> np.ndarray:
@@ -29,12 +29,12 @@ def check_like(arrays: Mapping[str, np.ndarray], template: Mapping[str, np.ndarr
     """Raise `UserError` unless saved arrays have the names, shapes and types of a run of these settings."""
     for name in sorted(arrays.keys() | template.keys()):
         if name not in arrays or name not in template:
-            raise UserError(f"{what} lacks or adds {name[:60]!r}: use the code that wrote it")
+            raise UserError(f"{what} lacks or adds {name[:60]!r}: use the code that wrote it; {More.CHECKPOINT}")
         saved, ours = arrays[name], np.asarray(template[name])
         if (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
             raise UserError(
                 f"{what}: {name[:60]!r} is {saved.dtype}{saved.shape}, not {ours.dtype}{ours.shape}: "
-                "use the settings and code that wrote it"
+                f"use the settings and code that wrote it; {More.CHECKPOINT}"
             )
 
 

@@ -1,6 +1,7 @@
 """One way to tell the user what was wrong, where, and what to do, without a traceback."""
 
 import dataclasses
+import enum
 import errno
 import math
 import signal
@@ -12,6 +13,28 @@ from booster_soccer.runtime import out_of_memory
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 _INT_LIMIT = 2**62  # what arrays and random generators can hold, with room for a sum
+
+
+class More(enum.StrEnum):
+    """Paragraphs of the guides for a message to end with, where they say more than its one line: `f"...; {More.X}"`."""
+
+    CHECKPOINT = "more: docs/01-environment-setup.md#checkpoint-refused"
+    DISK_FULL = "more: docs/01-environment-setup.md#disk-full"
+    DIVERGENCE = "more: docs/02-mjx-training.md#nan-and-divergence"
+    DRY_RUN = "more: docs/03-finetuning-submission.md#dry-run-failed"
+    ENVIRONMENT = "more: docs/07-databricks-mlops.md#environment-failed"
+    GATE = "more: docs/05-verification-gates.md#gate-failed"
+    GPU_CHECK = "more: docs/01-environment-setup.md#gpu-check-failed"
+    NO_GPU = "more: docs/02-mjx-training.md#no-gpu"
+    OPENGL = "more: docs/01-environment-setup.md#opengl"
+    OUT_OF_MEMORY = "more: docs/02-mjx-training.md#out-of-memory"
+    RUN = "more: docs/01-environment-setup.md#run-refused"
+    STAGE = "more: docs/05-verification-gates.md#stage-failed"
+    START = "more: docs/03-finetuning-submission.md#result-is-the-start"
+    SUBMISSION = "more: docs/03-finetuning-submission.md#submission-refused"
+    TWO_CUDAS = "more: docs/02-mjx-training.md#two-cudas"
+    VERSIONS = "more: docs/02-mjx-training.md#versions"
+    WATCHDOG = "more: docs/02-mjx-training.md#watchdog-status-75"
 
 
 class UserError(Exception):
@@ -46,24 +69,27 @@ def run(main: Callable[..., Any], *args: Any) -> Any:
         print(f"interrupted: the same command {how}starts again", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        message = out_of_memory(error, *args) or ""
-        if not message:
+        memory = out_of_memory(error, *args)
+        if memory is None:
             sys.excepthook = sys.__excepthook__  # the platform's SDK has one that shows local variables
             raise
+        message = f"{memory}; {More.OUT_OF_MEMORY}"
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
 # What to do about what a machine refuses, by its number: where the place of a file is the matter, and where not.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_THE_PLACE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space, or name a place to write to"),
+    **dict.fromkeys(_FULL, "free space, or name a place to write to"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make the place writable, or name another one"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "check the path"),
 }
 _OF_OTHER_CAUSES = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n), or use fewer lanes"),
     **dict.fromkeys((errno.EEXIST, errno.ENOTEMPTY), "something is there already: name another place"),
-    **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "choose smaller settings, or end other processes"),
+    errno.ENOMEM: f"choose smaller settings, or end other processes; {More.OUT_OF_MEMORY}",
+    errno.EAGAIN: "choose smaller settings, or end other processes",
     **dict.fromkeys((errno.EPIPE, errno.ECONNRESET), "the other side has ended: start again"),
     errno.EIO: "the disk or volume fails: name another place",
     errno.ESTALE: "the volume was mounted anew: start again",
@@ -74,7 +100,7 @@ _OF_OTHER_CAUSES = {
 def of_the_machine(error: OSError | MemoryError) -> str:
     """What a machine refuses, and what to do about it."""
     if isinstance(error, MemoryError):
-        return out_of_memory(error) or ""
+        return f"{out_of_memory(error)}; {More.OUT_OF_MEMORY}"
     where = "a file" if error.filename is None else error.filename
     return f"cannot use {where}: {error.strerror or error}; {remedy(error)}"
 
@@ -82,7 +108,8 @@ def of_the_machine(error: OSError | MemoryError) -> str:
 def remedy(error: OSError, of_the_place: str | None = None) -> str:
     """What to do about an error of the operating system; `of_the_place` knows better where a file cannot be."""
     known = _OF_OTHER_CAUSES | (_OF_THE_PLACE if of_the_place is None else {})
-    return known.get(error.errno or 0, of_the_place or "look at the place and its volume")
+    what = known.get(error.errno or 0, of_the_place or "look at the place and its volume")
+    return f"{what}; {More.DISK_FULL}" if error.errno in _FULL else what
 
 
 def one_line(message: str) -> str:

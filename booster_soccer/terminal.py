@@ -7,7 +7,7 @@ import traceback
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from booster_soccer.errors import INTERRUPTED, UserError, one_line
+from booster_soccer.errors import INTERRUPTED, More, UserError, one_line
 
 
 def begin(name: str) -> None:
@@ -70,7 +70,8 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     elif any(frame.f_globals.get("__name__") == "mujoco" for frame, _ in traceback.walk_tb(trace)):
         where = f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}"  # all that can be wrong with it in a whole environment
         message = (
-            f"error: cannot load MuJoCo with {where} ({one_line(str(error))[:200]}): unset it, or set it to disable"
+            f"error: cannot load MuJoCo with {where} ({one_line(str(error))[:200]}): unset it, or set it to disable; "
+            f"{More.OPENGL}"
         )
         status = 2
     else:

@@ -7,7 +7,7 @@ The runtime has NumPy 1, and pandas built against it; the project needs NumPy 2.
 disk, from `constraints.txt`, in which each stage runs as a process. PyTorch comes as a CPU build, or as one for the
 CUDA of JAX's plugin: with two of them in one process the first to load cuDNN wins. Built once, then kept on the volume
 as one tar file with a completion marker; another node unpacks it at the same path, since such an environment cannot
-move. Standard library only: this runs in the platform's own Python.
+move. Nothing but Python itself: this runs in the platform's own.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from booster_soccer.errors import More
 from cloud.volume import VolumeError, copy_file
 
 _READY = "ready.json"  # in a whole environment: what it was built from
@@ -100,12 +101,14 @@ def _build(code: Path, extras: str, torch: str, target: Path) -> None:
         shutil.copytree(code / "booster_soccer", source / "booster_soccer")
         for command in commands:
             if status := subprocess.run(command, env=variables).returncode:
-                raise EnvironmentFailed(f"{Path(command[0]).name} ended with status {status}: its message is above")
+                tool = Path(command[0]).name
+                raise EnvironmentFailed(f"{tool} ended with status {status}: its message is above; {More.ENVIRONMENT}")
         listed = subprocess.run([uv, "pip", "freeze", "--python", str(python(target))], env=variables, text=True,
                                 capture_output=True, check=True).stdout.splitlines()  # fmt: skip
         if len(found := cuda_majors(listed)) > 1:
             raise EnvironmentFailed(
-                f"libraries of CUDA {' and '.join(sorted(found))} in one environment: change --torch"
+                f"libraries of CUDA {' and '.join(sorted(found))} in one environment: change --torch; "
+                f"{More.ENVIRONMENT}"
             )
         (target / _READY).write_text(json.dumps({"extras": extras, "torch": torch, "packages": listed}, indent=1))
     except BaseException:

@@ -35,7 +35,7 @@ terminal.begin(__name__)
 import tyro
 
 from booster_soccer import errors
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.run import read_records
 from booster_soccer.tracking import video
@@ -201,7 +201,7 @@ def measure(config: Config) -> dict[str, Any]:
     training.run(KILL_AFTER)
     before = training.lines()
     if len(before) < 2:
-        raise UserError(f"training does not get under way: see {config.out / 'training.log'}")
+        raise UserError(f"training does not get under way: see {config.out / 'training.log'}; {More.GPU_CHECK}")
     compile_s, _ = speeds(before)
     started = time.monotonic()
     status = training.run()
@@ -310,5 +310,6 @@ def main(config: Config) -> list[Row]:
 
 
 if __name__ == "__main__":
-    if any(row.passed is False for row in errors.run(main, tyro.cli(Config, description=__doc__))):
+    if failed := [row.what for row in errors.run(main, tyro.cli(Config, description=__doc__)) if row.passed is False]:
+        print(f"failed: {', '.join(failed)}; {More.GPU_CHECK}", file=sys.stderr)
         sys.exit(1)

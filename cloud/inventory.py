@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 import tyro
 
 from booster_soccer import errors
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from cloud.environment import cuda_majors
 
 _SHOWN = ("numpy", "jax", "jaxlib", "jax-cuda12-plugin", "flax", "optax", "torch", "mujoco", "mujoco-mjx", "sai-mujoco",
@@ -53,7 +53,8 @@ def collect() -> dict[str, Any]:
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     majors = sorted(cuda_majors(f"{name}=={version}" for name, version in installed.items()))
     if len(majors) > 1:
-        raise UserError(f"libraries of CUDA {' and '.join(majors)} in {sys.prefix}: build the environment anew")
+        found = f"libraries of CUDA {' and '.join(majors)} in {sys.prefix}"
+        raise UserError(f"{found}: build the environment anew; {More.TWO_CUDAS}")
     import jax
 
     return {

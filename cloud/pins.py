@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from booster_soccer import errors
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from cloud.environment import cuda_majors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,8 @@ def check_one_cuda(requirements: list[str]) -> None:
     if len(majors) != 1:
         found = " and ".join(majors) or "none"
         named = [line for line in requirements if cuda_majors([line])]
-        raise UserError(f"a node with a GPU needs one CUDA, these pins bring {found}: {', '.join(named)}")
+        brought = f"{found}: {', '.join(named)}; {More.TWO_CUDAS}"
+        raise UserError(f"a node with a GPU needs one CUDA, these pins bring {brought}")
 
 
 def main() -> list[str]:

@@ -46,8 +46,11 @@ def test_user_error_is_one_line_and_status_2(capsys):
 
 def test_what_the_machine_refuses_is_one_line(capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "runs/a.metrics.jsonl")
-    assert "cannot use runs/a.metrics.jsonl: No space left on device; free space" in said(capsys, raiser(full))
-    assert "not enough memory" in said(capsys, raiser(MemoryError("Unable to allocate 8 PiB")))
+    line = said(capsys, raiser(full))
+    assert "cannot use runs/a.metrics.jsonl: No space left on device; free space" in line
+    assert line.endswith("; more: docs/01-environment-setup.md#disk-full\n")
+    line = said(capsys, raiser(MemoryError("Unable to allocate 8 PiB")))
+    assert "not enough memory" in line and line.endswith("; more: docs/02-mjx-training.md#out-of-memory\n")
 
 
 @pytest.mark.parametrize(

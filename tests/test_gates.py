@@ -99,6 +99,8 @@ def test_another_policy_stops_the_command_with_a_line_for_each_failure(pretraine
         assert any(f"gate 2, action, JAX and PyTorch actors, float{bits}: 0.00" in line for line in failures)
     assert any("gate 2, action along the trajectory: 0.00" in line for line in failures)
     assert not any("gate 1" in line for line in failures)
+    last = f"failed: {len(failures) - 1} of "
+    assert failures[-1].startswith(last) and failures[-1].endswith("; more: docs/05-verification-gates.md#gate-failed")
     assert "Traceback" not in result.stderr
 
 

@@ -165,6 +165,7 @@ def test_an_opengl_that_is_not_there_is_one_line(tmp_path, arguments):
     assert done.stderr.startswith(
         "error: cannot load MuJoCo with MUJOCO_GL='egl' (Unable to load EGL library): unset it"
     )
+    assert done.stderr.endswith("; more: docs/01-environment-setup.md#opengl\n")
 
 
 @pytest.mark.parametrize("home", [None, "/proc/nowhere"])

@@ -340,7 +340,9 @@ def test_a_diverged_run_ends_with_what_was_best_before(config, capsys):
     result = checkpoints.load(config.out)
     assert result.manifest["metrics"] == {"best_step": 12, "diverged_before_step": 32}  # the next thing due
     said = capsys.readouterr().err
-    assert said == "warning: training diverged before step 32: only what was best before counts\n"
+    said, _, more = said.partition("; more: ")
+    assert said == "warning: training diverged before step 32: only what was best before counts"
+    assert more == "docs/02-mjx-training.md#nan-and-divergence\n"
     assert checkpoints.load(config.out.parent / "run.resume").manifest["steps"] == 16  # no diverged one is saved
 
 

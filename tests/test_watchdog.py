@@ -32,6 +32,7 @@ def test_an_iteration_that_hangs_ends_the_run(tmp_path):
     assert status == STALLED == 75
     (line,) = (line for line in said if line.startswith("error: "))
     assert said[-1] == line and "the iteration after step 20 did not end within 0.5 s" in line and "--resume" in line
+    assert line.endswith("; more: docs/02-mjx-training.md#watchdog-status-75")
     assert any("in hang" in line for line in said) and any("in train" in line for line in said)
     assert (tmp_path / "run.resume").is_dir() and not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ from booster_soccer.agents.ddpg import NUM_CRITICS, Actor, critics_from_arrays, 
 from booster_soccer.agents.policy import ACTION_LIMITS, HIDDEN, LAYERS, LOG_STD_RANGE
 from booster_soccer.arrays import named
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE, PRIVILEGED_SIZE
 
@@ -112,10 +112,10 @@ def check_conversion(differences: dict[str, float], spread: dict) -> None:
             raise UserError(
                 f"actions of JAX and PyTorch in {name} differ by {differences[name]:.1e}, more than {limit:.0e}: "
                 "nothing was written; look at normalizer.std (tiny entries make huge weights), or use "
-                "the code that trained the checkpoint"
+                f"the code that trained the checkpoint; {More.GATE}"
             )
     if not spread["inside"]:
         raise UserError(
             f"the policy's log_std goes from {spread['min']:.2f} to {spread['max']:.2f}, outside {LOG_STD_RANGE}: "
-            "its training diverged; take an earlier checkpoint or train longer"
+            f"its training diverged; take an earlier checkpoint or train longer; {More.GATE}"
         )

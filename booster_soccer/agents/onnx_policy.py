@@ -11,7 +11,7 @@ import numpy as np
 
 from booster_soccer.agents.ddpg import fold_normalizer
 from booster_soccer.agents.policy import ACTION_LIMITS, LAYERS, NumpyPolicy
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 
 _OPSET, _IR_VERSION = 17, 8  # of 2022: what robots have; nothing newer is needed
 
@@ -58,7 +58,8 @@ def check(content: bytes, obs: np.ndarray, actions: np.ndarray) -> float:
     if not difference <= ACTION_LIMITS["float32"]:  # also when it is NaN
         raise UserError(
             f"actions of ONNX Runtime differ by {difference:.1e} from the golden ones, more than "
-            f"{ACTION_LIMITS['float32']:.0e}: nothing was written; install the pinned versions (constraints.txt)"
+            f"{ACTION_LIMITS['float32']:.0e}: nothing was written; install the pinned versions (constraints.txt); "
+            f"{More.VERSIONS}"
         )
     return difference
 

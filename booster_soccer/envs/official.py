@@ -20,7 +20,7 @@ import sai_mujoco  # noqa: F401  registers the environments
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import pd, scene
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 
 _JOINT_POS = slice(0, c.NUM_JOINTS)  # of the official observation, which begins like our own
 _JOINT_VEL = slice(c.NUM_JOINTS, 2 * c.NUM_JOINTS)
@@ -79,7 +79,9 @@ def _match_seed_of_the_platform() -> Callable[[int, int], int]:
     """
     package = importlib.util.find_spec("sai_rl")
     if package is None or package.origin is None:
-        raise UserError("the platform's SDK is not there: install sai-rl, in the version of constraints.txt")
+        raise UserError(
+            f"the platform's SDK is not there: install sai-rl, in the version of constraints.txt; {More.VERSIONS}"
+        )
     return runpy.run_path(str(Path(package.origin).parent / "benchmark" / "seed.py"))["get_match_seed"]
 
 

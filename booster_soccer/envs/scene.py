@@ -11,7 +11,7 @@ import mujoco
 import numpy as np
 
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 
 MUJOCO_VERSION = "3.3.7"
 SCENE_PATH = Path(__file__).parent / "mjx_scene.xml"
@@ -53,7 +53,7 @@ def check_mujoco_version(version: str = mujoco.__version__) -> None:
     if version != MUJOCO_VERSION:
         raise UserError(
             f"mujoco {version} cannot load the official environments and their twin as tested: "
-            f"pip install mujoco=={MUJOCO_VERSION} mujoco-mjx=={MUJOCO_VERSION}"
+            f"pip install mujoco=={MUJOCO_VERSION} mujoco-mjx=={MUJOCO_VERSION}; {More.VERSIONS}"
         )
 
 

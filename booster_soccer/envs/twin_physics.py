@@ -24,7 +24,7 @@ import mujoco
 import numpy as np
 
 from booster_soccer.envs import scene
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 
 
 class Sensor(NamedTuple):
@@ -90,7 +90,7 @@ def layout_of(data: mujoco.MjData) -> Layout:
     if not all(0 <= gap < 8 for gap in gaps) or any(values.size for values in more_state):
         raise UserError(
             f"mujoco {mujoco.__version__} orders an MjData in another way, or the model has more state: "
-            "install the pinned versions (constraints.txt), or adapt envs/twin_physics.py"
+            f"install the pinned versions (constraints.txt), or adapt envs/twin_physics.py; {More.VERSIONS}"
         )
     return Layout(qpos, qvel, ctrl, ctrl.stop, data.sensordata.size, scene.sensor_slices(data.model))
 

@@ -21,7 +21,7 @@ from booster_soccer.envs.native_engine import NativeEngine
 from booster_soccer.envs.pd import joint_target_rad
 from booster_soccer.envs.randomization import level
 from booster_soccer.envs.tasks import StartMix, Tasks, TaskState, View
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.dense import DenseWeights
@@ -273,7 +273,9 @@ class NativeLoop:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
         check_like(arrays, self.arrays(), "the saved state of the lanes")
         if not 0 <= arrays["count"] < 2**31:
-            raise UserError(f"the saved state of the lanes counts {arrays['count']} iterations: use an older one")
+            raise UserError(
+                f"the saved state of the lanes counts {arrays['count']} iterations: use an older one; {More.RUN}"
+            )
         self.engine.restore(named(arrays, "engine."))
         self.lanes, self.count = lanes_from(arrays), int(arrays["count"])
         restore_rng(self.rng, arrays["rng"])

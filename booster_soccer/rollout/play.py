@@ -24,7 +24,7 @@ from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
 from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.official import Ball
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.rewards.official import WEIGHTS
 from booster_soccer.rollout.lanes import Lanes, OfficialLanes, SceneLanes, Sight, TwinLanes
 from booster_soccer.rollout.processes import Workers
@@ -178,7 +178,8 @@ def _actions(policy: Act, lanes: Lanes, steps: np.ndarray, playing: dict[int, tu
             )
         if not np.all(np.isfinite(row)):
             raise UserError(
-                f"the policy returned NaN or infinity {where}: its training diverged, use an earlier checkpoint"
+                f"the policy returned NaN or infinity {where}: its training diverged, use an earlier checkpoint; "
+                f"{More.DIVERGENCE}"
             )
     actions = np.zeros((len(lanes.tasks), c.NUM_JOINTS), np.result_type(*rows.values()))
     actions[list(rows)] = list(rows.values())

@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from booster_soccer.errors import UserError, of_the_machine
+from booster_soccer.errors import More, UserError, of_the_machine
 
 # One BLAS thread, so that no number depends on how many processes there are; JAX, where one needs it, off the GPU.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
@@ -91,7 +91,8 @@ class Workers:
         try:
             answer = self._connections[process].recv()
         except (EOFError, ConnectionError) as error:
-            raise UserError(f"{self._names[process]} died, often for lack of memory: {self._remedy}") from error
+            name = self._names[process]
+            raise UserError(f"{name} died, often for lack of memory: {self._remedy}; {More.OUT_OF_MEMORY}") from error
         if isinstance(answer, UserError):
             raise answer
         if isinstance(answer, _Failure):

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE
 from booster_soccer.store import manifests
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors, real_path, sync_directory, write_file
@@ -34,7 +34,7 @@ from booster_soccer.store.places import check_target, move, places, remove, step
 
 GOLDEN_PAIRS = 16
 GOLDEN_TOLERANCE = ACTION_LIMITS["float64"]
-_OTHER_CODE = "use the code that wrote it, or train again"
+_OTHER_CODE = f"use the code that wrote it, or train again; {More.CHECKPOINT}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,13 +188,14 @@ def load_latest(
         newest = error
     if not os.path.exists(previous):
         raise newest
+    said = str(newest).partition("; more: ")[0]  # such a pointer ends a line
     try:
         checkpoint = attempt(previous)
     except WrongRun:
         raise
     except UserError as error:
-        raise UserError(f"{newest}; and the one before: {error}") from error
-    print(f"warning: {newest}; going on from the one before, {previous}", file=sys.stderr)
+        raise UserError(f"{said}; and the one before: {error}") from error
+    print(f"warning: {said}; going on from the one before, {previous}", file=sys.stderr)
     return checkpoint
 
 
@@ -204,7 +205,7 @@ def _parse_table(path: Path, name: str, content: bytes) -> dict[str, np.ndarray]
         # KeyError: a number format that NumPy lacks.
         table = safetensors.numpy.load(content)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {path}: {name} is no safetensors file; write it again") from error
+        raise UserError(f"checkpoint {path}: {name} is no safetensors file; {AGAIN}") from error
     _check_table(path, name, table)
     return table
 
@@ -217,7 +218,7 @@ def _check_table(path: Path, name: str, table: Mapping[str, np.ndarray]) -> None
         if not (value.dtype == np.float32 or value.dtype.kind in ("iu" if is_network else "iufb")):
             raise UserError(f"{what} has type {value.dtype}, not float32 or integer; {AGAIN}")
         if not np.isfinite(value).all():
-            raise UserError(f"{what} holds NaN or infinity; go back to an earlier checkpoint")
+            raise UserError(f"{what} holds NaN or infinity; go back to an earlier checkpoint; {More.DIVERGENCE}")
     if name == GOLDEN:
         shapes = {key: (value.shape, value.dtype.name) for key, value in table.items()}
         if shapes != {

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from booster_soccer.errors import UserError, check_numbers
+from booster_soccer.errors import More, UserError, check_numbers
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors, real_path
 from booster_soccer.store.signals import end_with_launcher
 
@@ -98,7 +98,7 @@ def _take(lock: Path, place: Path, option: str) -> int:
             holder = _holder(descriptor)
             os.close(descriptor)
             raise UserError(
-                f"{place} is being written by {holder}: wait for it or end it, or choose another {option}"
+                f"{place} is being written by {holder}: wait for it or end it, or choose another {option}; {More.RUN}"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:

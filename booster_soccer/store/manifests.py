@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH
 from booster_soccer.store.atomic import os_errors
 
@@ -28,10 +28,10 @@ FORMAT = "booster-soccer checkpoint"
 SCHEMA_VERSION = 2
 MANIFEST, ARRAYS, GOLDEN = "manifest.json", "arrays.safetensors", "golden.safetensors"
 ARRAY_FILE = re.compile(r"[a-z][a-z0-9_]*\.safetensors", re.ASCII)  # no separators: stays in the directory
-AGAIN = "write the checkpoint again"
+AGAIN = f"write the checkpoint again; {More.CHECKPOINT}"
 LIMIT_BYTES = 1 << 20  # ours has a few thousand; a foreign one is not worth the memory
 COMMIT_VARIABLE = "BOOSTER_SOCCER_COMMIT"  # of copied code, set by cloud/stage.py
-_OTHER_COPY = "use another copy, or write it again"
+_OTHER_COPY = f"use another copy, or write it again; {More.CHECKPOINT}"
 _TYPES = {
     "format": str,
     "schema_version": int,
@@ -133,7 +133,7 @@ def check(path: Path, manifest: dict[str, Any]) -> None:
     if type(manifest.get("schema_version")) is not int or manifest["schema_version"] != SCHEMA_VERSION:
         raise UserError(
             f"checkpoint {path} has schema version {repr(manifest.get('schema_version'))[:20]}, "
-            f"this code reads {SCHEMA_VERSION}: use the code that wrote it"
+            f"this code reads {SCHEMA_VERSION}: use the code that wrote it; {More.CHECKPOINT}"
         )
     if manifest.keys() != _TYPES.keys():
         wrong = ", ".join(sorted(manifest.keys() ^ _TYPES.keys()))

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from booster_soccer.arrays import check_like, named
-from booster_soccer.errors import UserError
+from booster_soccer.errors import More, UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
@@ -119,7 +119,7 @@ class Run:
         self.resume_path = beside(self.out, "resume")
         self.metrics_path = beside(self.out, "metrics.jsonl")
         remedy = REFILL if "resume_buffer" in self.settings else "start again with another --out"
-        self.segments = Segments(beside(self.out, "replay"), remedy)
+        self.segments = Segments(beside(self.out, "replay"), f"{remedy}; {More.RUN}")
 
     # --- start ------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class Run:
         has_result = (self.out / MANIFEST).exists()
         has_state = any(place.exists() for place in places(self.resume_path))
         if not resume and (has_result or has_state):
-            raise UserError(f"{self.out} holds a run: give --resume to go on with it, or another --out")
+            raise UserError(f"{self.out} holds a run: give --resume to go on with it, or another --out; {More.RUN}")
         if not has_state:
             if resume:
                 print(f"{self.resume_path} is not there: starting from the beginning", flush=True)
@@ -160,7 +160,8 @@ class Run:
             def fill(replay: Replay) -> None:
                 if "replay.safetensors" not in saved.manifest["files"]:
                     raise WrongRun(
-                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill for a new one"
+                        f"{saved.path} was saved without its replay buffer: give --resume-buffer refill for a new one; "
+                        f"{More.RUN}"
                     )
                 table = checkpoints.load_extra(saved, "replay")
                 self.segments.read(table, replay, int(progress["added"]))
@@ -178,14 +179,14 @@ class Run:
         if parents != list(dict.fromkeys(parent.hash for parent in self.parents)):
             raise WrongRun(
                 f"{saved.path} is a run that started from {'other' if parents else 'no'} checkpoints: "
-                "give the same ones, or another --out"
+                f"give the same ones, or another --out; {More.RUN}"
             )
         theirs, ours = _flat(saved.manifest["config"]), _flat(plain(self.settings))
         for name in sorted(ours):
             if name.split(".")[-1] not in free and theirs.get(name) != ours[name]:
                 raise WrongRun(
                     f"{saved.path} was run with {name} = {str(theirs.get(name))[:60]}, not {str(ours[name])[:60]}: "
-                    "give the same settings, or another --out"
+                    f"give the same settings, or another --out; {More.RUN}"
                 )
 
     # --- the loop ---------------------------------------------------------------------------------------
@@ -256,10 +257,10 @@ class Run:
         if not self.kept:
             raise UserError(
                 f"training diverged before step {self.steps:,}, before any policy was judged: use another --seed or a "
-                "lower learning rate; a saved state is older and good"
+                f"lower learning rate; a saved state is older and good; {More.DIVERGENCE}"
             )
         message = f"warning: training diverged before step {self.steps:,}: only what was best before counts"
-        print(message, file=sys.stderr, flush=True)
+        print(f"{message}; {More.DIVERGENCE}", file=sys.stderr, flush=True)
 
     # --- what is written --------------------------------------------------------------------------------
 
@@ -327,7 +328,9 @@ def _from_table(table: Mapping[str, np.ndarray], path: Path) -> dict[str, Candid
     for name in {key.partition(".")[0] for key in table}:
         own = named(table, f"{name}.")
         if not {"steps", "scores"} <= own.keys() or own["steps"].shape or own["scores"].ndim != 2:
-            raise UserError(f"{path}: its judged policies are another code's: use the code that wrote it")
+            raise UserError(
+                f"{path}: its judged policies are another code's: use the code that wrote it; {More.CHECKPOINT}"
+            )
         kept[name] = Candidate(named(own, "arrays."), int(own["steps"]), own["scores"])
     return kept
 

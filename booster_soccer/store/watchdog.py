@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 
+from booster_soccer.errors import More
+
 STALLED = os.EX_TEMPFAIL
 ITERATION_S = 300.0
 SLOW_S = 1800.0
@@ -41,5 +43,5 @@ class Watchdog:
             if self._left_s <= 0:
                 faulthandler.dump_traceback(2, all_threads=True)  # standard error: a notebook's stream has no file
                 line = f"error: {self._what}: the stacks are above, --resume goes on from the last saved state"
-                print(line, file=sys.stderr, flush=True)
+                print(f"{line}; {More.WATCHDOG}", file=sys.stderr, flush=True)
                 os._exit(STALLED)

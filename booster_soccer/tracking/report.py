@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from booster_soccer.errors import UserError, remedy
+from booster_soccer.errors import More, UserError, remedy
 from booster_soccer.store.manifests import finite
 
 WORST = 5  # episodes listed per task
@@ -101,6 +101,8 @@ def print_checks(checks: Sequence[Any]) -> None:
             failure = f"{check.name}: {number} is not within {check.limits} ({check.where}); {check.remedy}"
             print(f"failed: gate {check.gate}, {failure}", file=sys.stderr)
     Console().print(table)
+    if failed := sum(not check.passed for check in checks):
+        print(f"failed: {failed} of {len(checks)} checks; {More.GATE}", file=sys.stderr)
 
 
 def print_submission(score: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from booster_soccer.envs import constants as c
-from booster_soccer.errors import UserError, one_line
+from booster_soccer.errors import More, UserError, one_line
 from booster_soccer.rewards.official import score_terms
 from booster_soccer.rollout.judge import START_NOISE_RAD
 from booster_soccer.rollout.lanes import TwinLanes
@@ -80,7 +80,8 @@ def opengl() -> str:
         reasons.append(f"{name}: {one_line(last_line)[:80]}")
     raise UserError(
         "no OpenGL draws on this machine, so there is no picture; everything else works. "
-        f"On Debian and Ubuntu: apt-get install libosmesa6, or libegl1 with a GPU's driver ({'; '.join(reasons)})"
+        f"On Debian and Ubuntu: apt-get install libosmesa6, or libegl1 with a GPU's driver ({'; '.join(reasons)}); "
+        f"{More.OPENGL}"
     )
 
 
