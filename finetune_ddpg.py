@@ -17,10 +17,9 @@ layers thaw from the last to the first; and at the end the candidate (the best i
 scores more on fresh seeds) must beat the start in the official environments, on episodes that no choice was made on, or
 the start is the result.
 
-One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. Rewards come in two parts, dense
-(at a tenth of pre-training's size) and official, mixed when a round is learned from: alpha * dense + beta * score,
-annealed over the whole run (`rewards/annealing.py`). The score is paid when an episode ends, by its rules or by time,
-as on the platform; only the first stops the bootstrap.
+One step is one policy action (50 Hz) in one lane, counted after the critics' warm-up. The reward is alpha * dense (at a
+tenth of pre-training's size) + beta * score, annealed over the whole run (`rewards/annealing.py`). The score is paid
+when an episode ends, by its rules or by time, as on the platform; only the first stops the bootstrap.
 """
 
 from booster_soccer import terminal
@@ -203,7 +202,7 @@ class Finetuning:
         # The same actor, with critics that know the official environments.
         arrays = self.learner.arrays()
         scores = self.validate(arrays, _VALIDATION)
-        self.keep("start", arrays, scores)
+        self.run.kept["start"] = Candidate(arrays, self.run.steps, scores.score)
         print(f"start policy in validation: {scores}", flush=True)
 
     def play(self) -> None:
@@ -309,10 +308,6 @@ class Finetuning:
         backend = "official" if purpose == _CONFIRMATION else "twin"
         return judge(policy_from_arrays(arrays), seeds, config.start_noise, backend)
 
-    def keep(self, name: str, arrays: dict[str, np.ndarray], scores: Scores) -> None:
-        """Remember a judged policy."""
-        self.run.kept[name] = Candidate(arrays, self.run.steps, scores.score)
-
     def judge(self) -> dict[str, float]:
         """Validate the present policy; keep it if it is the best so far and above the start."""
         arrays = self.learner.arrays()
@@ -323,7 +318,7 @@ class Finetuning:
             f"gain {mean:+.3f} +- {standard_error:.3f}"
         )
         if scores.mean > self.run.kept.get("best", self.start).scores.mean():
-            self.keep("best", arrays, scores)
+            self.run.kept["best"] = Candidate(arrays, self.run.steps, scores.score)
         self.films.take(policy_from_arrays(arrays), self.run.steps, episode_seed(self.config.seed, _VALIDATION, 0))
         return scores.numbers("eval") | {"eval/gain": mean}
 

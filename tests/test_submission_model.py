@@ -142,3 +142,27 @@ def test_lanes_in_another_order_from_the_start_give_the_same(actor):
     model, reference = scripted(actor), scripted(actor)
     for obs in episode(25, 3, seed=8):
         assert torch.equal(model(obs[order]), reference(obs)[order])
+
+
+def test_one_velocity_that_is_not_zero_is_no_first_step(actor):
+    """The target of the first call is held, although eleven joints stand still and the inputs changed."""
+    model, obs = scripted(actor), episode(2, 1, seed=1)
+    model(obs[0])
+    obs[1, :, SLICES["joint_vel"]], obs[1, :, SLICES["joint_vel"].start] = 0.0, 1e-9
+    held = model.target_rad.clone()
+    model(obs[1])
+    assert torch.equal(model.target_rad, held)
+    obs[1, :, SLICES["joint_vel"]] = 0.0
+    model(obs[1])
+    assert not torch.equal(model.target_rad, held)
+
+
+def test_no_graph_grows(actor):
+    """The SDK calls the model with autograd on; even an input that asks for gradients gets none."""
+    model = scripted(actor)
+    for obs in episode(25, 2, seed=1):
+        unit_torque = model(obs.requires_grad_())
+        assert not unit_torque.requires_grad
+        assert all(buffer.grad_fn is None and not buffer.requires_grad for buffer in model.buffers())
+    assert torch.is_grad_enabled()
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -140,35 +140,12 @@ def test_lanes_do_not_touch_each_other(checkpoint):
         assert torch.equal(together[:, lane].nan_to_num(nan=9.0), alone.nan_to_num(nan=9.0))
 
 
-def test_one_velocity_that_is_not_zero_is_no_first_step(model):
-    """The target of the first call is held, although eleven joints stand still and the inputs changed."""
-    obs = _random_calls(2, 1)
-    model(obs[0])
-    obs[1, :, JOINT_VEL], obs[1, :, JOINT_VEL.start] = 0.0, 1e-9
-    held = model.target_rad.clone()
-    model(obs[1])
-    assert torch.equal(model.target_rad, held)
-    obs[1, :, JOINT_VEL] = 0.0
-    model(obs[1])
-    assert not torch.equal(model.target_rad, held)
-
-
 def test_another_batch_size_starts_afresh(checkpoint, model):
     obs = torch.randn(2, 3, OBS_SIZE, generator=torch.Generator().manual_seed(2))
     model(obs[0])
     fresh = scripted(submit.actor_from_checkpoint(checkpoint))
     assert torch.equal(model(obs[1, :2]), fresh(obs[1, :2]))
     assert model.age.tolist() == [1, 1]
-
-
-def test_no_graph_grows(model):
-    """The SDK calls the model with autograd on; even an input that asks for gradients gets none."""
-    for obs in _random_calls(25, 2):
-        unit_torque = model(obs.requires_grad_())
-        assert not unit_torque.requires_grad
-        assert all(buffer.grad_fn is None and not buffer.requires_grad for buffer in model.buffers())
-    assert torch.is_grad_enabled()
-    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_stateless_model_keeps_nothing(checkpoint):
