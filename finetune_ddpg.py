@@ -27,6 +27,7 @@ from booster_soccer import terminal
 terminal.begin(__name__)
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.dense import DenseWeights
-from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, gain, judge
+from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, best_or_last, gain, judge
 from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.rounds import Round, Statistics, explained_variance
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
@@ -334,16 +335,13 @@ class Finetuning:
             print(f"no candidate scored above the start in validation: the result is the start policy; {More.START}")
             return self.start.arrays, verdict
         if self.run.diverged_at is None and best.steps < self.run.steps:
-            arrays = self.learner.arrays()
-            again, last = self.validate(best.arrays, _SELECTION), self.validate(arrays, _SELECTION)
-            print(f"the best in validation (step {best.steps:,}), again: {again}; the last policy: {last}", flush=True)
-            if last.mean >= again.mean:
-                best = Candidate(arrays, self.run.steps, last.score)
+            on_others = functools.partial(self.validate, purpose=_SELECTION)
+            best = best_or_last(best, self.learner.arrays(), self.run.steps, on_others)
         start, candidate = (self.validate(policy.arrays, _CONFIRMATION) for policy in (self.start, best))
         mean, standard_error = gain(candidate.score, start.score)
         print(f"fresh seeds: start {start}; candidate of step {best.steps:,} {candidate}")
         verdict |= {
-            "validation_candidate": float(best.scores.mean()),  # of a last policy: on the seeds that chose it
+            "validation_candidate": float(best.scores.mean()),  # on the seeds of the last choice
             "candidate_step": best.steps,
             "confirmation": start.numbers("start") | candidate.numbers("candidate"),
             "gain": mean,

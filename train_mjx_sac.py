@@ -4,9 +4,10 @@
     python train_mjx_sac.py --preset l4 --out runs/l4/pretrain --resume
 
 Input: nothing but the scene. Output: a "pretrained" checkpoint directory at `--out`, when the run is finished, with
-the policy that the judge liked best: its official score on the twin, always on the same starts. Until then
-`<out>.resume` holds the latest state (and the policy at that step), `<out>.replay` its buffer; `<out>.metrics.jsonl`
-has every log line's numbers, and at the end `<out>.html` is a report of them; `<out>.videos` the policy on its way.
+the policy that the judge liked best (its official score on the twin, always on the same starts), or the last one if
+that scores more on other starts. Until then `<out>.resume` holds the latest state (and the policy at that step),
+`<out>.replay` its buffer; `<out>.metrics.jsonl` has every log line's numbers, and at the end `<out>.html` is a report
+of them; `<out>.videos` the policy on its way.
 MJX's compiled programs are kept in `compiled` beside `--out`: the next start takes seconds instead of two minutes.
 
 A run that was killed and is started again with `--resume` goes on where its last state was saved; on a CPU it
@@ -50,19 +51,21 @@ from booster_soccer.envs.tasks import Tasks
 from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
-from booster_soccer.rollout.judge import START_NOISE_RAD, judge
+from booster_soccer.rollout.judge import START_NOISE_RAD, best_or_last, judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State
-from booster_soccer.store.signals import StopSignal
+from booster_soccer.store.signals import Stopped, StopSignal
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 from booster_soccer.tracking.video import Films
 
 _JUDGE_SEED = 12345  # always the same starts, so that policies and runs compare
+_CHOICE_SEED = 54321  # of the starts on which the best and the last policy are held against each other
+_CHOICE_EPISODES = 3  # times a judgement's
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,10 @@ def keep_programs(directory: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(directory.resolve()))
 
 
+def _seeds(master: int, episodes: int) -> list[int]:
+    return np.random.SeedSequence(master).generate_state(episodes, np.uint64).tolist()
+
+
 class Pretraining:
     """What pre-training brings to its run: the learner, its lanes, and their state (`store.run.Stage`)."""
 
@@ -216,14 +223,23 @@ class Pretraining:
     def judge(self) -> dict[str, float]:
         """Official score of the policy on the twin; the best so far is kept."""
         arrays = sac.policy_arrays(self.learner_state)
-        seeds = np.random.SeedSequence(_JUDGE_SEED).generate_state(self.config.judge_episodes, np.uint64)
-        scores = judge(policy_from_arrays(arrays), seeds.tolist())
+        seeds = _seeds(_JUDGE_SEED, self.config.judge_episodes)
+        scores = judge(policy_from_arrays(arrays), seeds)
         tqdm.write(f"  judged at {self.run.steps:,}: {scores}")
         best = self.run.kept.get("best")
         if best is None or scores.mean > best.scores.mean():
             self.run.kept["best"] = Candidate(arrays, self.run.steps, scores.score)
-        self.films.take(policy_from_arrays(arrays), self.run.steps, int(seeds[0]))
+        self.films.take(policy_from_arrays(arrays), self.run.steps, seeds[0])
         return scores.numbers("eval")
+
+    def choose(self) -> Candidate:
+        """The policy to hand on: the best in judgement, or the last one if that scores more on other seeds."""
+        best = self.run.kept["best"]
+        if self.run.diverged_at is not None or best.steps == self.run.steps:
+            return best
+        seeds = _seeds(_CHOICE_SEED, _CHOICE_EPISODES * self.config.judge_episodes)
+        last = sac.policy_arrays(self.learner_state)
+        return best_or_last(best, last, self.run.steps, lambda arrays: judge(policy_from_arrays(arrays), seeds))
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -301,11 +317,16 @@ def main(config: Config) -> Path:
         with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
             run.watch, stage.films.taken = recorder.at, recorder.artifact
             run.train(stage, config.total_steps, stop, config.time_limit_s)
-            best = run.kept["best"]
+            try:
+                with stop.interrupting():
+                    best = stage.choose()
+            except Stopped:
+                print(f"{stop.name}: --resume goes on from step {run.last['save']:,}", flush=True)
+                raise SystemExit(stop.status) from None
             metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
             path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
-            judged = score_columns(scores, "twin", config.judge_episodes, START_NOISE_RAD)
+            judged = score_columns(scores, "twin", best.scores.shape[1], START_NOISE_RAD)
             files = [path, *stage_pages.of_run(path)]
             recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))
         return path

@@ -23,6 +23,7 @@ from tests.toy_run import (
     Config,
     Inner,
     Killed,
+    Toy,
     WorseAndWorse,
     go,
     keeping,
@@ -329,6 +330,17 @@ def test_a_run_stopped_in_its_last_judgement_judges_again(config):
     again = go(config, resume=True)
     assert again.done == {"step": [], "log": [], "judge": [40], "state": []}
     assert names(config) == ["run", "run.metrics.jsonl"]
+
+
+def test_a_state_that_is_kept_holds_the_last_judgement_too(config):
+    class BetterAndBetter(Toy):
+        def score(self) -> float:
+            return float(self.run.steps)
+
+    stopped(keeping(config), "judge_40", kind=BetterAndBetter)
+    go(keeping(config), resume=True, kind=BetterAndBetter)
+    state = checkpoints.load(config.out.with_name("run.resume"))
+    assert checkpoints.load_extra(state, "kept")["best.steps"] == 40
 
 
 # --- divergence ---------------------------------------------------------------------------------------

@@ -238,10 +238,26 @@ def test_a_run_starts_with_another_policy_has_teachers_and_names_them(tmp_path, 
             train.main(replace(taught, resume=True, **other))
 
 
+@pytest.mark.parametrize(("other_starts", "chosen"), [([0.3, 0.4], 20 * LANES), ([0.5, 0.4], 4 * LANES)])
+def test_the_best_and_the_last_policy_are_compared_on_other_starts(tmp_path, monkeypatch, other_starts, chosen):
+    judged, seeds = iter([0.9, 0.8, 0.7, 0.6, 0.5, *other_starts]), []
+
+    def judge(policy, starts):
+        seeds.append(starts)
+        return no_judge()._replace(score=np.full((c.NUM_TASKS, 2), next(judged)))
+
+    monkeypatch.setattr(train, "NativeLoop", type("Sound", (Still,), {"NAN_FROM": 1000}))
+    monkeypatch.setattr(train, "judge", judge)
+    often = config(tmp_path / "run", records=replace(RECORDS, judge_every=4 * LANES), total_steps=20 * LANES)
+    metrics = checkpoints.load(train.main(often)).manifest["metrics"]
+    assert metrics["best_step"] == chosen and metrics["best_score"] == pytest.approx(max(other_starts))
+    assert len(seeds) == 7 and seeds[0] == seeds[4] and not set(seeds[5]) & set(seeds[0])
+
+
 class Still:
     """A loop that collects nothing; from its tenth iteration on, what it learned is NaN."""
 
-    ITERATIONS_PER_CALL = 1
+    ITERATIONS_PER_CALL, NAN_FROM = 1, 10
 
     def __init__(self, *_):
         self.lanes = Lanes(None, np.zeros((LANES, CRITIC_OBS_SIZE), np.float32), None)
@@ -249,7 +265,7 @@ class Still:
 
     def iterate(self, state, learn, statistics):
         self.count += 1
-        return state, {"critic_loss": np.float32(1.0 if self.count < 10 else np.nan)}
+        return state, {"critic_loss": np.float32(1.0 if self.count < self.NAN_FROM else np.nan)}
 
     def begin(self, state, count):
         self.count, self.log_alpha = count, float(state.log_alpha)

@@ -1,11 +1,13 @@
 """Judging a policy while it is trained: the official score, on the twin, always on the same seeds and noise."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from booster_soccer.envs import constants as c
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers
+from booster_soccer.store.run import Candidate
 
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 
@@ -54,3 +56,17 @@ def gain(candidate: np.ndarray, start: np.ndarray) -> tuple[float, float]:
     difference = candidate - start
     standard_error = np.sqrt((difference.var(axis=1, ddof=1) / difference.shape[1]).sum()) / len(difference)
     return float(difference.mean()), float(standard_error)
+
+
+def best_or_last(
+    best: Candidate, last: dict[str, np.ndarray], steps: int, play: Callable[[dict[str, np.ndarray]], Scores]
+) -> Candidate:
+    """The best of many judgements or the networks of the last step, whichever scores more where `play` plays them.
+
+    That must be on seeds of its own: the best of many short judgements is a lucky one (docs/experiments.md).
+    """
+    again, now = play(best.arrays), play(last)
+    print(f"the best so far (step {best.steps:,}), on fresh seeds: {again}; the last policy: {now}", flush=True)
+    if now.mean >= again.mean:
+        return Candidate(last, steps, now.score)
+    return best._replace(scores=again.score)

@@ -221,6 +221,8 @@ class Run:
                     self.record({"wall_s": before_s + elapsed_s} | of_training(numbers))
                 if judge_due:
                     self.judge(stage, stop, before_s + elapsed_s)
+                    # Stopped in its last judgement, it had saved that step without it.
+                    save_due |= finished and self.records.keep_state
                 if save_due or stop.received:
                     self.save(stage)
                     last_save_s = time.monotonic()
