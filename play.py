@@ -46,7 +46,7 @@ class Config:
 
     checkpoint: Path | None = None  # checkpoint directory, of any stage
     policy: Literal["zero", "hold", "random"] | None = None  # zero torque, the default pose, or actions at random
-    task: Literal["goalie", "obstacle", "target"] = "goalie"  # to begin with
+    task: c.Task = "goalie"  # to begin with
     seed: int = 0  # of the first episode; the next ones count on
     start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
     port: int = 8080

@@ -7,6 +7,7 @@ import numpy as np
 
 import train_mjx_sac as train
 from booster_soccer.agents.sac import SacConfig
+from booster_soccer.envs import constants as c
 from booster_soccer.envs.tasks import StartMix
 from booster_soccer.rollout.collect import CollectConfig, MjxLoop
 from booster_soccer.rollout.judge import Scores
@@ -33,4 +34,4 @@ def config(out: Path, **changes) -> train.Config:
 
 def no_judge(*_) -> Scores:
     """Stands for the judge, which takes seconds: every score is 0."""
-    return Scores(*np.zeros((4, 3, 2)))
+    return Scores(*np.zeros((4, c.NUM_TASKS, 2)))

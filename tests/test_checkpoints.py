@@ -50,7 +50,7 @@ def test_roundtrip(tmp_path, stage):
         assert loaded.arrays[name].dtype == np.float32
         np.testing.assert_array_equal(loaded.arrays[name], value)
         loaded.arrays[name] += 1  # may be written to, as torch.from_numpy expects
-    assert loaded.golden_obs.shape == (16, 87)
+    assert loaded.golden_obs.shape == (16, OBS_SIZE)
     np.testing.assert_array_equal(loaded.golden_actions, policy_from_arrays(arrays)(loaded.golden_obs))
     extra = checkpoints.load_extra(loaded, "optimizer")
     for name, value in OPTIMIZER.items():

@@ -23,8 +23,8 @@ from tests import metric_names
 
 MEAN, SCALE = np.zeros(OBS_SIZE, np.float32), np.ones(OBS_SIZE, np.float32)
 SMALL = replace(
-    stage.PRESETS["scratch"], total_steps=240, num_lanes=3, round_actions=20, warmup_rounds=2, validation_episodes=2,
-    confirmation_episodes=2, device="cpu",
+    stage.PRESETS["scratch"], total_steps=240, num_lanes=c.NUM_TASKS, round_actions=20, warmup_rounds=2,
+    validation_episodes=2, confirmation_episodes=2, device="cpu",
     ddpg=DdpgConfig(freeze_hidden_until=80, freeze_input_until=160, batch_size=16, actor_learning_rate=3e-4),
     records=RecordConfig(log_every=60, judge_every=240),
 )  # fmt: skip
@@ -358,7 +358,7 @@ class Killed(Exception):
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, converted):
     monkeypatch.setattr(stage, "judge", Judge(converted, 0.0, 0.0))
-    lanes = replace(SMALL, num_lanes=9)  # more than numbers in a random generator's state
+    lanes = replace(SMALL, num_lanes=3 * c.NUM_TASKS)  # more than numbers in a random generator's state
     whole = replace(lanes, out=tmp_path / "whole")
     result = checkpoints.load(stage.main(whole))
 
@@ -413,7 +413,7 @@ def test_bad_input(tmp_path):
     for wrong, message in (
         ({"from_scratch": False}, "give either --checkpoint DIR, or --preset scratch"),
         ({"checkpoint": tmp_path}, "give either --checkpoint DIR, or --preset scratch"),
-        ({"num_lanes": 4}, "multiple of 3"),
+        ({"num_lanes": c.NUM_TASKS + 1}, f"multiple of {c.NUM_TASKS}"),
         ({"round_actions": 0}, "--round-actions must be at least 1"),
         ({"ddpg": DdpgConfig(batch_size=0)}, "--batch-size must be at least 1"),
         ({"ddpg": DdpgConfig(exploration_std=0.0)}, "--exploration-std must lie between 0 and 1"),

@@ -13,6 +13,7 @@ import pytest
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene
 from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.submission import Preprocessor
 from booster_soccer.rewards.official import WEIGHTS, score_terms
 from booster_soccer.rollout.lanes import OfficialLanes
@@ -159,16 +160,16 @@ def test_goalie_is_one_episode_whatever_the_seed_until_the_start_is_noisy(envs):
 @pytest.mark.parametrize("task", c.TASKS)
 def test_an_episode_against_a_loop_written_out(envs, task):
     """Every number that the bare environment can give, with control, score and path by hand."""
-    weights = np.random.default_rng(0).normal(0.0, 0.02, (87, 12)).astype(np.float32)
+    weights = np.random.default_rng(0).normal(0.0, 0.02, (OBS_SIZE, 12)).astype(np.float32)
 
     def policy(obs):
-        assert obs.shape == (87,) and obs.dtype == np.float32
+        assert obs.shape == (OBS_SIZE,) and obs.dtype == np.float32
         return np.tanh(obs @ weights)
 
     env = gym.make(c.GYM_ID[task])
     obs, info = env.reset(seed=9)
     base, (_, data) = env.unwrapped, physics(env)
-    one_hot = np.eye(3, dtype=np.float32)[c.TASKS.index(task)]
+    one_hot = np.eye(c.NUM_TASKS, dtype=np.float32)[c.TASKS.index(task)]
     path, distances = [data.site("robot_0:imu").xpos.copy()], []
     steps, ended = 0, False
     while not ended:

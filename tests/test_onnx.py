@@ -12,6 +12,7 @@ from booster_soccer.agents import onnx_policy
 from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
+from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.store import checkpoints
 from tests import small_checkpoints
 
@@ -26,7 +27,7 @@ def test_the_file_acts_as_the_checkpoint_and_says_what_a_robot_must_know(tmp_pat
     path = small_checkpoints.save(tmp_path / stage, stage=stage)
     file = export(path, tmp_path / "new" / "policy.onnx")
     session = onnxruntime.InferenceSession(file)
-    obs = np.random.default_rng(5).normal(size=(7, 87)).astype(np.float32)
+    obs = np.random.default_rng(5).normal(size=(7, OBS_SIZE)).astype(np.float32)
     [actions] = session.run(None, {"obs": obs})
     checkpoint = checkpoints.load(path)
     np.testing.assert_allclose(actions, policy_from_arrays(checkpoint.arrays)(obs), atol=1e-5)
@@ -35,7 +36,7 @@ def test_the_file_acts_as_the_checkpoint_and_says_what_a_robot_must_know(tmp_pat
     assert about["checkpoint"] == checkpoint.hash
     layer = json.loads(about["action"])
     assert layer["joint_names"] == list(c.JOINT_NAMES) and layer["kp_nm_per_rad"] == c.KP_NM_PER_RAD.tolist()
-    assert sum(row["width"] for row in json.loads(about["observation"])) == 87
+    assert sum(row["width"] for row in json.loads(about["observation"])) == OBS_SIZE
 
 
 def test_actions_that_differ_are_refused(tmp_path):

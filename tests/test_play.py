@@ -105,8 +105,8 @@ def test_a_broken_policy_is_named(policy, message):
 
 def test_our_scene_starts_where_the_official_environments_do_and_tells_of_the_ball():
     """Robots that stand until they fall, one that has no ball to score with; more episodes than lanes."""
-    lanes, episodes = SceneLanes(3), [Episode(task, seed) for seed in (4, 5) for task in c.TASKS]
-    lanes.reset([0, 1, 2], [4, 4, 4], 0.02)
+    lanes, episodes = SceneLanes(c.NUM_TASKS), [Episode(task, seed) for seed in (4, 5) for task in c.TASKS]
+    lanes.reset(range(c.NUM_TASKS), c.NUM_TASKS * [4], 0.02)
     now, first = lanes.look(), lanes.observe()
     for lane, task in enumerate(c.TASKS):
         of_task = OfficialLanes(task)
@@ -142,7 +142,7 @@ def test_a_policy_meets_what_an_official_environment_shows(monkeypatch):
         obs, _ = official.make("obstacle").reset(seed=seed)
         np.testing.assert_array_equal(raw[start], obs)
     met = player.met_observations(hold_default_pose, 2, 0, 0.02)
-    assert met[:, SLICES["task_one_hot"]].tolist() == np.repeat(np.eye(3), 2, axis=0).tolist()
+    assert met[:, SLICES["task_one_hot"]].tolist() == np.repeat(np.eye(c.NUM_TASKS), 2, axis=0).tolist()
 
 
 # --- in workers -------------------------------------------------------------------------------------------

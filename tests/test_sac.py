@@ -128,14 +128,15 @@ def _teachers(means: tuple[float, ...]) -> dict:
 
 
 def test_each_task_has_its_own_teacher_who_sees_what_it_is_used_to():
-    params = [sac.init_actor(jax.random.key(i)) for i in range(3)]
+    params = [sac.init_actor(jax.random.key(i)) for i in range(c.NUM_TASKS)]
     rng = np.random.default_rng(0)
-    mean, std = rng.normal(size=(3, OBS_SIZE)), rng.uniform(0.5, 2.0, (3, OBS_SIZE))
+    shape = (c.NUM_TASKS, OBS_SIZE)
+    mean, std = rng.normal(size=shape), rng.uniform(0.5, 2.0, shape)
     normalizers = [{"normalizer.mean": np.float32(m), "normalizer.std": np.float32(s)} for m, s in zip(mean, std)]
     arrays = [sac.flatten("actor", p) | normalizer for p, normalizer in zip(params, normalizers)]
     obs = rng.normal(size=(5, OBS_SIZE)).astype(np.float32)
     task = np.array([2, 0, 1, 1, 2])
-    obs[:, SLICES["task_one_hot"]] = np.eye(3)[task]
+    obs[:, SLICES["task_one_hot"]] = np.eye(c.NUM_TASKS)[task]
     got, log_std = teachers_from(arrays)(jnp.asarray(obs))
     for row, index in enumerate(task):
         expected, raw_log_std = sac.actor_output(params[index], (obs[row] - mean[index]) / std[index])
@@ -222,7 +223,7 @@ def _pretrained(path: Path, seed: int) -> Checkpoint:
 
 def test_a_run_starts_with_another_policy_has_teachers_and_names_them(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "judge", no_judge)
-    first, *teachers = (_pretrained(tmp_path / str(i), seed=i + 1) for i in range(4))
+    first, *teachers = (_pretrained(tmp_path / str(i), seed=i + 1) for i in range(1 + c.NUM_TASKS))
     paths = tuple(teacher.path for teacher in teachers)
     taught = config(tmp_path / "taught", init=first.path, teachers=paths, sac=SacConfig(learning_rate=(0.0, 0.0)))
     result = checkpoints.load(train.main(taught))
@@ -233,7 +234,7 @@ def test_a_run_starts_with_another_policy_has_teachers_and_names_them(tmp_path, 
     assert '"train/teacher_kl"' in (tmp_path / "taught.metrics.jsonl").read_text()
     metric_names.check(tmp_path / "taught.metrics.jsonl", "pretrained")
     train.main(replace(taught, resume=True))  # it knows its own
-    for other in ({"teachers": (paths[0], paths[0], paths[2])}, {"teachers": ()}, {"init": None}):
+    for other in ({"teachers": (paths[0], paths[0], *paths[2:])}, {"teachers": ()}, {"init": None}):
         with pytest.raises(UserError, match="started from other checkpoints"):
             train.main(replace(taught, resume=True, **other))
 
@@ -308,7 +309,8 @@ def test_a_diverged_run_is_not_judged_again_and_ends_with_what_was_best_before(t
 @pytest.mark.parametrize(("bad", "words"), [
     ({"collect": replace(COLLECT, dr_level=7)}, "dr-level 7"), ({"collect": replace(COLLECT, num_envs=0)}, "num-envs"),
     ({"seed": -1}, "seed"), ({"collect": replace(COLLECT, buffer_size=4)}, "buffer-size"),
-    ({"collect": replace(COLLECT, ramp_steps=(9, 9))}, "ramp-steps"), ({"teachers": (Path("a"),)}, "takes 3"),
+    ({"collect": replace(COLLECT, ramp_steps=(9, 9))}, "ramp-steps"),
+    ({"teachers": (Path("a"),)}, f"takes {c.NUM_TASKS}"),
     ({"total_steps": 0}, "total-steps"), ({"judge_episodes": 1}, "judge-episodes")])  # fmt: skip
 def test_bad_flags_are_refused(tmp_path, bad, words):
     with pytest.raises(UserError, match=words):

@@ -27,7 +27,7 @@ WEIGHTS = DenseWeights(idle=-0.05)
 
 def official_situation(side: OfficialSide, action_count: int) -> Situation:
     data = side.env.sim.data
-    info = side.env._get_info() | {"task_index": np.eye(3, dtype=np.float32)[c.TASKS.index(side.task)]}
+    info = side.env._get_info() | {"task_index": np.eye(c.NUM_TASKS, dtype=np.float32)[c.TASKS.index(side.task)]}
     ball = data.get_geom_xpos("ball").copy(), data.get_geom_xvelp("ball")
     steps = np.array(action_count * c.PHYSICS_STEPS_PER_ACTION)
     return from_official(side.env._get_obs(), info, *ball, steps)

@@ -82,7 +82,7 @@ def _observation(model, data, ball_y):
         "target_xpos_rel_robot": zeros,
         "target_velp_rel_robot": zeros,
         "defender_xpos": np.tile(robot, 3),
-        "task_index": np.array([1.0, 0.0, 0.0]),
+        "task_index": np.eye(c.NUM_TASKS)[0],
     }
     for team in (0, 1):
         goal = c.GOAL_POS_W[team]

@@ -191,7 +191,7 @@ def test_official_starts(official_envs, tasks, task):
         official.append(
             np.concatenate([env.sim.data._data.qpos[address.root_q], env.sim.data._data.qpos[address.ball_q]])
         )
-    share = np.eye(3)[c.TASKS.index(task)]
+    share = np.eye(c.NUM_TASKS)[c.TASKS.index(task)]
     mix = StartMix(task_share=tuple(share), official_pose=1.0, official_place=1.0, joint_noise_rad=0.0)
     qpos, qvel, state = jax.vmap(lambda k: tasks.reset(k, mix))(jax.random.split(jax.random.key(0), 400))
     ours = np.concatenate([qpos[:, tasks.address.root_q], qpos[:, tasks.address.ball_q]], axis=1)
@@ -222,7 +222,7 @@ def test_keeper_by_hand(tasks):
 
 def OfficialSideState(tasks: Tasks, task: str, action_count: int = 1) -> TaskState:
     """A task state without an environment."""
-    mix = StartMix(task_share=tuple(np.eye(3)[c.TASKS.index(task)]), official_place=1.0)
+    mix = StartMix(task_share=tuple(np.eye(c.NUM_TASKS)[c.TASKS.index(task)]), official_place=1.0)
     return tasks.reset(jax.random.key(0), mix)[2]._replace(action_count=jnp.int32(action_count))
 
 

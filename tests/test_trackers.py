@@ -111,9 +111,9 @@ def test_a_registered_policy_acts_as_the_checkpoint_does(store, stages):
         loaded = mlflow.pyfunc.load_model(f"models:/{model}@{registry.MODELS[checkpoint.stage].candidate}")
         np.testing.assert_array_equal(loaded.predict(OBS), policy_from_arrays(checkpoint.arrays)(OBS))
         signature = loaded.metadata.signature
-        assert signature.inputs.inputs[0].shape == (-1, 87) and signature.outputs.inputs[0].shape == (-1, 12)
-        with pytest.raises(Exception, match="(?i)shape|87"):
-            loaded.predict(OBS[:, :86])
+        assert signature.inputs.inputs[0].shape == (-1, OBS_SIZE) and signature.outputs.inputs[0].shape == (-1, 12)
+        with pytest.raises(Exception, match=f"(?i)shape|{OBS_SIZE}"):
+            loaded.predict(OBS[:, :-1])
 
 
 def test_names_have_three_levels_in_unity_catalog(monkeypatch):

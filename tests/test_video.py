@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.rollout.lanes import TwinLanes
 from booster_soccer.rollout.play import Episode, play
@@ -127,9 +128,7 @@ def test_films_keep_their_interval_and_never_end_a_training(tmp_path, monkeypatc
     for seconds, steps in ((0.0, 1000), (59.0, 2000), (1.0, 3000), (60.0, 4000)):
         clock[0] += seconds
         films.take(None, steps, 7)
-    assert written == [
-        (f"{steps:012d}.mp4", ["goalie", "obstacle", "target"], f"step {steps:,}") for steps in (1000, 3000, 4000)
-    ]
+    assert written == [(f"{steps:012d}.mp4", list(c.TASKS), f"step {steps:,}") for steps in (1000, 3000, 4000)]
     assert seen == [tmp_path / name for name, *_ in written]
     clock[0] += 60.0
     films.take("broken", 5000, 7)

@@ -135,15 +135,15 @@ def _columns(steps: list) -> list[np.ndarray]:
     return [np.concatenate(arrays) for arrays in zip(*map(_flat, steps))]
 
 
-@pytest.mark.parametrize(("backend", "number"), [("official", 3), ("twin", 6)])
+@pytest.mark.parametrize(("backend", "number"), [("official", c.NUM_TASKS), ("twin", 2 * c.NUM_TASKS)])
 def test_lanes_run_side_by_side_and_come_back(backend, number):
     actions = np.random.default_rng(1).uniform(-0.3, 0.3, (12, number, c.NUM_JOINTS)).astype(np.float32)
     with WorkerLanes(backend, number, 4, NOISE_RAD, WEIGHTS) as lanes:
-        assert lanes.tasks == number // 3 * list(c.TASKS)
+        assert lanes.tasks == number // c.NUM_TASKS * list(c.TASKS)
         critic_obs = lanes.start()
         assert critic_obs.shape == (number, CRITIC_OBS_SIZE)
         one_hot = critic_obs[:, SLICES["task_one_hot"]]
-        np.testing.assert_array_equal(one_hot, np.eye(3)[[c.TASKS.index(task) for task in lanes.tasks]])
+        np.testing.assert_array_equal(one_hot, np.eye(c.NUM_TASKS)[[c.TASKS.index(task) for task in lanes.tasks]])
         for now in actions[:6]:
             lanes.send(now)
             lanes.receive()
@@ -161,7 +161,7 @@ def test_lanes_run_side_by_side_and_come_back(backend, number):
 
 
 def test_every_task_needs_as_many_lanes():
-    for number in (0, 1, 4):
-        with pytest.raises(UserError, match="multiple of 3"):
+    for number in (0, 1, c.NUM_TASKS + 1):
+        with pytest.raises(UserError, match=f"multiple of {c.NUM_TASKS}"):
             check_num_lanes(number)
-    check_num_lanes(6)
+    check_num_lanes(2 * c.NUM_TASKS)

@@ -7,6 +7,8 @@ Conventions: metres, seconds, radians, N m; world frame z up; quaternions are w,
 says `xyzw`. Joint vectors have shape (12,), left leg first, in the order of `JOINT_NAMES`.
 """
 
+from typing import Literal, get_args
+
 import numpy as np
 
 # --- time -------------------------------------------------------------------------------------------
@@ -51,7 +53,8 @@ GOAL_POST_RADIUS_M = 0.07
 GOAL_POS_W = {0: np.array([-FIELD_HALF_LENGTH_M, 0.0, 0.0]), 1: np.array([FIELD_HALF_LENGTH_M, 0.0, 0.0])}
 
 # --- tasks ------------------------------------------------------------------------------------------
-TASKS = ("goalie", "obstacle", "target")  # the order of the platform's task one-hot
+Task = Literal["goalie", "obstacle", "target"]
+TASKS: tuple[str, ...] = get_args(Task)  # the order of the platform's task one-hot
 NUM_TASKS = len(TASKS)
 GOALIE, OBSTACLE, TARGET = range(NUM_TASKS)
 GYM_ID = {
@@ -59,6 +62,8 @@ GYM_ID = {
     "obstacle": "LowerT1ObstaclePenaltyKick-v0",
     "target": "LowerT1KickToTarget-v0",
 }
+# Official site of the window or target; a task without one aims at the goal.
+TARGET_SITE = {"obstacle": "goalarea_site", "target": "target0"}
 
 # Penalty kicks (goalie and obstacle), as played by team 0, the only team of the competition.
 PENALTY_ROBOT_X_M = -6.77

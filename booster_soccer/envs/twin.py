@@ -161,8 +161,8 @@ class TwinEnv:
         if start_noise_rad > 0.0:
             qpos[self._address.joint_q] += official.start_noise_rad(seed, start_noise_rad)
         data = self.physics.reset(lane, qpos, drawn)
-        if self.task in source.TARGET_SITE:
-            self.target_pos_w[lane] = data.site(source.TARGET_SITE[self.task]).xpos
+        if self.task in c.TARGET_SITE:
+            self.target_pos_w[lane] = data.site(c.TARGET_SITE[self.task]).xpos
         if self.task == "obstacle":
             self.defender_pos_w[lane] = [data.geom(name).xpos for name in source.DEFENDERS]
 
@@ -358,7 +358,7 @@ class TwinEnv:
                 vel_rel[:, 1] += self.qvel[:, self.physics.driven_v[team]]  # the keeper slides along y
             info[f"goalkeeper_team_{team}_xpos_rel_robot"] = pos_rel
             info[f"goalkeeper_team_{team}_velp_rel_robot"] = vel_rel
-        has_target = self.task in source.TARGET_SITE
+        has_target = self.task in c.TARGET_SITE
         info["target_xpos_rel_robot"] = self.target_pos_w - robot if has_target else np.zeros_like(robot)
         info["target_velp_rel_robot"] = -robot_vel if has_target else np.zeros_like(robot)
         has_defenders = self.task == "obstacle"

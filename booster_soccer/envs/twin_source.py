@@ -14,7 +14,6 @@ from booster_soccer.envs.twin_physics import DrivenJoints, Field, Physics, Senso
 ROBOT, BALL = "robot_0:Trunk", "soccer_ball"  # official body names
 DEFENDERS = tuple(f"defender_geom{i}" for i in range(c.NUM_DEFENDERS))
 KEEPERS = tuple(f"goalkeeper_team_{team}" for team in (0, 1))
-TARGET_SITE = {"obstacle": "goalarea_site", "target": "target0"}
 BLOCKERS = {"goalie": ("goalkeeper_team_0_geom",), "obstacle": DEFENDERS, "target": ()}
 
 
@@ -118,8 +117,8 @@ def _drawn_fields(task: str) -> list[Field]:
     fields = [Field("geom", "field_base", "friction")]
     if task == "obstacle":
         fields += [Field("geom", name, "pos") for name in DEFENDERS]
-    if task in TARGET_SITE:
-        fields.append(Field("site", TARGET_SITE[task], "pos"))
+    if task in c.TARGET_SITE:
+        fields.append(Field("site", c.TARGET_SITE[task], "pos"))
     return fields
 
 

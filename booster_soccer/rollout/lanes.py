@@ -226,7 +226,7 @@ class SceneLanes:
         return self._obs
 
     def look(self) -> Sight:
-        goal = np.array([task == "goalie" for task in self.tasks])[:, None]
+        goal = np.array([task not in c.TARGET_SITE for task in self.tasks])[:, None]
         aim_pos_w = np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)
         steps = np.asarray(self._state.action_count) * c.PHYSICS_STEPS_PER_ACTION
         return Sight(steps, self._imu_pos_w.copy(), Ball(*(vector_w.copy() for vector_w in self._ball)), aim_pos_w)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from booster_soccer.envs import constants as c
+
 VARIABLE = "BOOSTER_RUNS_TABLE"
 DEFAULT = "runs/experiments/runs"
 # name -> type in SQL, what it is
@@ -28,9 +30,7 @@ COLUMNS = {
     "parents": ("ARRAY<STRING>", "hashes of the checkpoints it was made from"),
     "commit": ("STRING", "of this code; null where it is no git tree"),
     "score": ("DOUBLE", "official score, mean of the tasks"),
-    "score_goalie": ("DOUBLE", ""),
-    "score_obstacle": ("DOUBLE", ""),
-    "score_target": ("DOUBLE", ""),
+    **{f"score_{task}": ("DOUBLE", "") for task in c.TASKS},
     "backend": ("STRING", "what played the scored episodes: official or twin"),
     "episodes": ("BIGINT", "per task"),
     "start_noise_rad": ("DOUBLE", "standard deviation of the noise on joint positions at the start"),

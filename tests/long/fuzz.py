@@ -230,12 +230,12 @@ class Attacks:
 
     @staticmethod
     def _finetuning(out: Path) -> tuple[life.Run, life.Stage]:
-        seen = np.zeros((3, CRITIC_OBS_SIZE), np.float32)
+        seen = np.zeros((c.NUM_TASKS, CRITIC_OBS_SIZE), np.float32)
         lanes = mock.Mock(tasks=list(c.TASKS))
-        lanes.state.return_value = {"lane_episode": np.zeros(3, np.int64), "lane_length": np.zeros(3, np.int64)}
+        lanes.state.return_value = {name: np.zeros(c.NUM_TASKS, np.int64) for name in ("lane_episode", "lane_length")}
         lanes.restore.return_value = seen
         scratch = finetune_ddpg.PRESETS["scratch"]
-        config = dataclasses.replace(scratch, out=out, num_lanes=3, round_actions=8, device="cpu")
+        config = dataclasses.replace(scratch, out=out, num_lanes=c.NUM_TASKS, round_actions=8, device="cpu")
         run = life.Run(out, "finetuned", config)
         stage = finetune_ddpg.Finetuning(config, run, lanes, None)
         stage.critic_obs, stage.learner = seen, ddpg.Ddpg(config.ddpg, _networks(), *_UNIT)

@@ -28,6 +28,7 @@ from typing import Literal
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.envs import constants as c
 from booster_soccer.errors import INTERRUPTED
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
@@ -44,7 +45,7 @@ _STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: STOPPED, signal.SIGI
 _PRETRAIN = """train_mjx_sac.py --total-steps 960 --batch-size 32 --updates-per-iteration 2 --buffer-size 300
     --learning-starts 80 --dr-level 1 --ramp-steps 200 600 --max-actions 40 --judge-episodes 2
     --judge-every 480 --log-every 200 --checkpoint-interval-s 0 --keep-state"""
-_FINETUNE = """finetune_ddpg.py --num-lanes 9 --total-steps 1440 --round-actions 20 --warmup-rounds 1
+_FINETUNE = f"""finetune_ddpg.py --num-lanes {3 * c.NUM_TASKS} --total-steps 1440 --round-actions 20 --warmup-rounds 1
     --freeze-hidden-until 160 --freeze-input-until 320 --batch-size 32
     --validation-episodes 2 --confirmation-episodes 2 --judge-every 720 --log-every 360 --device cpu
     --checkpoint-every 90 --checkpoint-interval-s 0 --keep-state"""

@@ -15,6 +15,7 @@ import nbformat
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ pretrain = {{"total_steps": 960, "judge_episodes": 2}}
 collect = {{"num_envs": 8, "batch_size": 32, "updates_per_iteration": 2, "buffer_size": 300, "learning_starts": 80,
            "max_actions": 40}}
 records = {{"judge_every": 480, "log_every": 200}}
-finetune = {{"num_lanes": 3, "total_steps": 480, "round_actions": 20, "warmup_rounds": 1,
+finetune = {{"num_lanes": {lanes}, "total_steps": 480, "round_actions": 20, "warmup_rounds": 1,
             "validation_episodes": 2, "confirmation_episodes": 2, "device": "cpu"}}
 gate = {{"states": 100, "episodes": 1, "behaviour_episodes": 2}}
 score, package = {{"episodes": 2}}, {{"episodes": 1}}
@@ -42,7 +43,7 @@ def execute(out: Path, volume: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs; `UserError` where a cell fails."""
     notebook = nbformat.read(ROOT / "cloud" / "notebook.ipynb", as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = _PARAMETERS.format(out=str(out), volume=str(volume))
+    parameters.source = _PARAMETERS.format(out=str(out), volume=str(volume), lanes=c.NUM_TASKS)
     try:
         nbclient.NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(ROOT / "cloud")}}).execute()
     except nbclient.exceptions.CellExecutionError as error:
