@@ -41,7 +41,7 @@ _PARAMETERS = {
     "convert_options": "--real-observations 2",
     "gates_options": "--states 100 --episodes 1 --behaviour-episodes 2",
     "finetune_options": shlex.join([word for word in STAGES["finetune"][1:-2] if word != "--keep-state"]),
-    "evaluate_options": "--episodes 1 --backend twin",
+    "evaluate_options": "--episodes 1",
     "submit_options": "--episodes 1",
 }
 KILLED = {"pretrain": "pretrain.resume/manifest.json", "finetune": "finetuned.resume/manifest.json"}
