@@ -23,7 +23,6 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from booster_soccer.errors import More
 from cloud.volume import VolumeError, copy_file
 
 _READY = "ready.json"  # in a whole environment: what it was built from
@@ -34,6 +33,12 @@ _CUDA = (
     re.compile(r"^jax-cuda(\d\d)-"),
     re.compile(r"^(?:cuda-toolkit|cuda-bindings|nvidia-cuda-runtime)==(\d+)\."),  # from CUDA 13 on
 )
+
+
+class More:
+    """As in `booster_soccer/errors.py`, of which nothing may be imported here (tests/test_docs.py compares them)."""
+
+    ENVIRONMENT = "more: docs/07-databricks-mlops.md#environment-failed"
 
 
 class EnvironmentFailed(Exception):

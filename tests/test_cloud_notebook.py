@@ -41,7 +41,7 @@ def parameters(source: str) -> dict:
 
 def test_its_parameters_and_the_drills_are_settings_of_the_stages():
     [cell] = [cell for cell in NOTEBOOK.cells if "parameters" in cell.metadata.get("tags", [])]
-    own, short = parameters(cell.source), parameters(drill._PARAMETERS.format(out="run", volume=""))
+    own, short = parameters(cell.source), parameters(drill._PARAMETERS.format(out="run", volume="", lanes=3))
     assert own.keys() == short.keys()
     base = train_mjx_sac.PRESETS[short["preset"]]
     for name, of in (("pretrain", base), ("collect", base.collect), ("records", base.records),
