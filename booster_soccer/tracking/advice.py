@@ -68,7 +68,7 @@ def of_chain(scores: Mapping[str, Mapping[str, Any]], verdict: Mapping[str, Any]
     if converted["ci95"][0] <= baseline["mean"] or verdict.get("result") != "start":
         return []
     seen = f"the converted policy scores {converted['mean']:+.2f}, and fine-tuning has added nothing yet"
-    do = "submit it first (submit.py --checkpoint <out>/converted), then train on"
+    do = "submit it first (submit.py --checkpoint with the converted one), then train on"
     return [Advice("short of time", seen, do)]
 
 
