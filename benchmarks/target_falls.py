@@ -1,0 +1,89 @@
+"""Whether a policy falls in the target task because it sees the ball pass by: falls near that moment, and elsewhere.
+
+    python -m benchmarks.target_falls [--checkpoint assets/policies/final] [--episodes 150]
+
+Input: a checkpoint of any stage, played in the twin, twice from the same starts: as it is, and shown a target that
+always lies ahead on the ball's way. Output: falls per second of chase, from half a second before the ball's closest pass
+by the true target to a second after it, and at all other times. The chase begins 0.3 s after the kick.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from booster_soccer import errors
+from booster_soccer.agents.policy import policy_from_arrays
+from booster_soccer.envs import constants as c
+from booster_soccer.envs import official
+from booster_soccer.preprocess.observation import SLICES
+from booster_soccer.rollout.lanes import TwinLanes
+from booster_soccer.rollout.play import Policy
+from booster_soccer.store import checkpoints
+
+_KICK_M_S, _ROLLING_M_S, _SLOWEST_M_S = 0.5, 0.3, 0.2  # ball centre
+_AFTER_KICK_ACTIONS = 15
+_PASS_S = (-1.0, 0.5)  # time to the closest pass; below 0 it is over
+_AHEAD_M = 8.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to play."""
+
+    checkpoint: Path = Path("assets/policies/final")
+    episodes: int = 150
+    seed: int = 0  # master seed, as of evaluate.py
+    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+
+
+def shown_ahead(obs: np.ndarray, chases: np.ndarray) -> np.ndarray:
+    """Observations (B, 87), in lanes that chase with a target ahead on the ball's way."""
+    ball_m = obs[:, SLICES["ball_pos_rel_robot_h"]][:, :2]
+    velocity = obs[:, SLICES["ball_vel_rel_robot_h"]][:, :2] + obs[:, SLICES["velocimeter_b"]][:, :2]
+    speed = np.linalg.norm(velocity, axis=-1, keepdims=True)
+    target = obs[:, SLICES["target_pos_rel_robot_h"]].copy()
+    ahead = ball_m + _AHEAD_M * velocity / np.maximum(speed, 1e-3)
+    target[:, :2] = np.where(chases[:, None] & (speed > _ROLLING_M_S), ahead, target[:, :2])
+    other = obs.copy()
+    other[:, SLICES["target_pos_rel_robot_h"]] = target
+    return other
+
+
+def falls(policy: Policy, config: Config, ahead: bool) -> np.ndarray:
+    """Falls and seconds of chase, near the pass and elsewhere: (2, 2)."""
+    lanes = TwinLanes("target", config.episodes)
+    seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
+    lanes.reset(range(config.episodes), seeds, config.start_noise)
+    done, kicked_at, counts = np.zeros(config.episodes, bool), np.full(config.episodes, -1), np.zeros((2, 2))
+    for action in range(c.EPISODE_ACTIONS):
+        sight, obs = lanes.look(), lanes.observe()
+        velocity = sight.ball.centre_vel_w[:, :2]
+        speed = np.linalg.norm(velocity, axis=-1)
+        kicked_at[(kicked_at < 0) & (speed > _KICK_M_S)] = action
+        chases = (kicked_at >= 0) & (action - kicked_at >= _AFTER_KICK_ACTIONS)
+        way = (sight.aim_pos_w - sight.ball.centre_pos_w)[:, :2]
+        to_pass_s = (way * velocity).sum(-1) / np.maximum(speed, _SLOWEST_M_S) ** 2
+        near = (to_pass_s > _PASS_S[0]) & (to_pass_s < _PASS_S[1])
+        terminated, truncated = lanes.hold(policy(shown_ahead(obs, chases) if ahead else obs))
+        fell = [lane for lane in np.flatnonzero(terminated & ~done & chases) if lanes.outcome(lane).fell]
+        for row, there in enumerate((near, ~near)):
+            counts[row] += there[fell].sum(), c.ACTION_DT_S * (there & chases & ~done).sum()
+        done |= terminated | truncated
+    lanes.close()
+    return counts
+
+
+def main(config: Config) -> dict[str, np.ndarray]:
+    """Play both, print; returns the counts."""
+    policy = policy_from_arrays(checkpoints.load(config.checkpoint).arrays)
+    counts = {name: falls(policy, config, ahead) for name, ahead in (("true target", False), ("shown ahead", True))}
+    for name, rows in counts.items():
+        said = (f"{of / s:.3f} ({of:.0f} in {s:.0f} s)" if s else "never there" for of, s in rows)
+        print(f"{name}: falls per second near the pass {next(said)}, elsewhere {next(said)}")
+    return counts
+
+
+if __name__ == "__main__":
+    errors.run(main, tyro.cli(Config, description=__doc__))
