@@ -3,8 +3,8 @@
     python -m benchmarks.target_falls [--checkpoint assets/policies/final] [--episodes 150]
 
 Input: a checkpoint of any stage, played in the twin, twice from the same starts: as it is, and shown a target that
-always lies ahead on the ball's way. Output: falls per second of chase, from half a second before the ball's closest pass
-by the true target to a second after it, and at all other times. The chase begins 0.3 s after the kick.
+always lies ahead on the ball's way. Output: falls per second of chase, from half a second before the ball's closest
+pass by the true target to a second after it, and at all other times. The chase begins 0.3 s after the kick.
 """
 
 from dataclasses import dataclass
