@@ -77,18 +77,16 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(out: Path, seed: int) -> list[Evaluation]:
-    """All rows start from the same seed; the pre-trained policy is played from a second one too."""
-    pretrained = ("--checkpoint", str(out / "pretrain"))
+    """All rows have the same starts."""
     rows = (
-        ("zero torque", ("--policy", "zero"), seed, "twin", "zero"),
-        ("pre-trained", pretrained, seed, "twin", "pretrained"),
-        (f"pre-trained, seed {seed + 1}", pretrained, seed + 1, "twin", "pretrained_again"),
-        ("converted", ("--checkpoint", str(out / "converted")), seed, "twin", "converted"),
-        ("fine-tuned", ("--checkpoint", str(out / "finetuned")), seed, "official", "finetuned"),
+        ("zero torque", ("--policy", "zero"), "twin", "zero"),
+        ("pre-trained", ("--checkpoint", str(out / "pretrain")), "twin", "pretrained"),
+        ("converted", ("--checkpoint", str(out / "converted")), "twin", "converted"),
+        ("fine-tuned", ("--checkpoint", str(out / "finetuned")), "official", "finetuned"),
     )
     return [
-        Evaluation(policy, which, master, backend, out / "evaluations" / f"{name}.json")
-        for policy, which, master, backend, name in rows
+        Evaluation(policy, which, seed, backend, out / "evaluations" / f"{name}.json")
+        for policy, which, backend, name in rows
     ]
 
 

@@ -6,8 +6,8 @@
     python evaluate.py --checkpoint DIR --json FILE --gates GATES.json
     python evaluate.py --policy hold
 
-Input: a checkpoint directory. Output: tables of the score, its terms, the ball's motion and the worst
-episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
+Input: a checkpoint directory. Output: tables of the score and, without `--json`, of its terms, the ball's motion and the
+worst episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
 fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks, and beside it a page
 of the same name (.html) with tables, figures, episodes to play and advice; with `--plot` the
 distribution of the scores; with `--video` the first episode of each task side by side (.mp4, .webp or .gif), where the
@@ -150,14 +150,16 @@ def write(config: Config, subject: Subject, result: dict) -> list[Path]:
 
 
 def show(config: Config, subject: Subject, result: dict) -> None:
-    """Print the tables."""
+    """Print the tables; where there is a page beside the result, the first alone, the others are on it."""
     if config.only is not None:
         played = {field.name: result[field.name] for field in fields(EpisodeResult)}
         report.print_episode(played, f"{subject.title}, {config.only}: {result['ending']}")
         return
-    report.print_result(result, subject.title)
-    worst = report.worst_episodes(result["tasks"]["target"])[0]
-    print(f"one of them again: {report.replay_command(result, worst)}")
+    report.print_scores(result, subject.title)
+    if config.json is None:
+        report.print_details(result)
+        worst = report.worst_episodes(result["tasks"]["target"])[0]
+        print(f"one of them again: {report.replay_command(result, worst)}")
 
 
 def film(config: Config, subject: Subject, file: Path) -> list[Path]:

@@ -107,7 +107,7 @@ def test_the_interval_of_the_mean_knows_that_tasks_share_their_starts():
 
 
 def test_the_table_names_what_stands_for_identical_episodes(made_up, capsys):
-    report.print_result(scores.evaluate(None, episodes=3), "made up")
+    report.print_scores(scores.evaluate(None, episodes=3), "made up")
     shown = capsys.readouterr().out
     assert "goalie: without start noise every seed gives the same episode" in shown
     assert "stands for 3" in shown
@@ -149,6 +149,13 @@ def test_worst_episodes_and_the_command_that_plays_one_again(made_up, capsys):
     assert [row[1:3] for row in of_target] == [[str(seed), f"+{i}.00"] for i, seed in enumerate(seeds)]
     command = f"evaluate.py --policy hold --only target:{seeds[0]} --start-noise 0.02"
     assert command in shown
+
+
+def test_what_is_on_the_page_is_not_printed_again(made_up, tmp_path, capsys):
+    evaluate.main(evaluate.Config(policy="hold", episodes=3, json=tmp_path / "score.json"))
+    shown = capsys.readouterr().out
+    assert "Official score" in shown and "Worst episodes" not in shown and "score.html" in shown
+    assert "Worst episodes" in (tmp_path / "score.html").read_text()
 
 
 def test_the_plot_is_written(made_up, tmp_path, capsys):

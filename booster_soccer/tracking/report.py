@@ -27,8 +27,8 @@ BALL_ROWS = {
 }
 
 
-def print_result(result: dict, title: str) -> None:
-    """Print tables of the tasks, the score's terms, the ball and the worst episodes, in 80 columns."""
+def print_scores(result: dict, title: str) -> None:
+    """Print the table of the tasks, in 80 columns."""
     scores = Table(title=f"Official score: {title}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("task", "n", "score", "std", "95 % CI", "success", "fell", "steps", "hits"):
         scores.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
@@ -46,7 +46,19 @@ def print_result(result: dict, title: str) -> None:
         )
     scores.add_section()
     scores.add_row("mean", "", f"{result['mean']:+.2f}", "", _interval_text(result["ci95"]))
+    console = Console()
+    console.print(scores)
+    console.print(f"CI: {result['confidence_interval']}.")
+    for task, of_task in result["tasks"].items():
+        if of_task["distinct_episodes"] < of_task["episodes"]:
+            console.print(
+                f"{task}: without start noise every seed gives the same episode; "
+                f"it was played once and stands for {of_task['episodes']}."
+            )
 
+
+def print_details(result: dict) -> None:
+    """Print the tables of the score's terms, the ball and the worst episodes, in 80 columns."""
     names = list(dict.fromkeys(name for of_task in result["tasks"].values() for name in of_task["terms"]))
     terms = _table_by_task("Weighted terms, mean ± standard deviation", result)
     for name in names:
@@ -63,16 +75,9 @@ def print_result(result: dict, title: str) -> None:
             worst.add_row(row["task"], f"{row['seed']}", f"{row['score']:+.2f}", row["ending"], f"{row['steps']}")
 
     console = Console()
-    console.print(scores)
     for table in (terms, ball, worst):
         console.print(table)
-    console.print(f"CI: {result['confidence_interval']}. Ball: its centre; roll phase 180 is the site on top.")
-    for task, of_task in result["tasks"].items():
-        if of_task["distinct_episodes"] < of_task["episodes"]:
-            console.print(
-                f"{task}: without start noise every seed gives the same episode; "
-                f"it was played once and stands for {of_task['episodes']}."
-            )
+    console.print("Ball: its centre; roll phase 180 is the site on top.")
 
 
 def print_episode(result: dict, title: str) -> None:
