@@ -47,8 +47,9 @@ from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 
 SCRIPTS = Path(__file__).parent
-# preset -> episodes per task for every row of the table of scores
+# preset -> episodes per task for every row of the table of scores, and for the proof of the package
 EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
+PROOF_EPISODES = {"demo": 1, "cpu": 3, "l4": 3, "h200": 3}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
 _POLL_S = 0.1
@@ -111,7 +112,10 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
             + (["--gates", str(out / "gates.json")] if row.backend == "official" else [])
             for row in evaluations(out, config.seed)
         ],
-        "submit": [["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]],
+        "submit": [
+            ["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]
+            + ["--episodes", str(PROOF_EPISODES[config.preset])]
+        ],
     }
     track = ["--track", *(config.tracking.chosen() or ("none",))]
     return {stage: [[*command, *track] for command in of_stage] for stage, of_stage in commands.items()}

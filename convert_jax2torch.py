@@ -39,6 +39,7 @@ from rich.table import Table
 from booster_soccer import errors
 from booster_soccer.agents import conversion, onnx_policy
 from booster_soccer.agents.policy import ACTION_LIMITS, policy_from_arrays
+from booster_soccer.envs import constants as c
 from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import LAYOUT_HASH, OBS_SIZE, TABLE
 from booster_soccer.rollout.play import met_observations
@@ -108,7 +109,8 @@ def write_onnx(config: Config) -> Path:
     checkpoint = checkpoints.load(config.checkpoint)
     if os.path.lexists(config.out):
         raise UserError(f"{config.out} is there already: name a new file for --out, such as policy.onnx")
-    about = {"stage": checkpoint.stage, "checkpoint": checkpoint.hash, "action": json.dumps(action_layer())}
+    layer = action_layer() | {"torque_limit_nm": c.TORQUE_LIMIT_NM.tolist()}
+    about = {"stage": checkpoint.stage, "checkpoint": checkpoint.hash, "action": json.dumps(layer)}
     about |= {"observation_layout": LAYOUT_HASH, "observation": json.dumps([row._asdict() for row in TABLE])}
     content = onnx_policy.to_bytes(policy_from_arrays(checkpoint.arrays), about)
     difference = onnx_policy.check(content, checkpoint.golden_obs, checkpoint.golden_actions)

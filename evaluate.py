@@ -6,8 +6,8 @@
     python evaluate.py --checkpoint DIR --json FILE --gates GATES.json
     python evaluate.py --policy hold
 
-Input: a checkpoint directory. Output: tables of the score and, without `--json`, of its terms, the ball's motion and the
-worst episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
+Input: a checkpoint directory. Output: tables of the score and, without `--json`, of its terms, the ball's motion and
+the worst episodes; with `--json` a file that holds per task the mean, standard deviation, 95 % interval, success rate,
 fall rate, mean steps, mean of each term and every episode, and the mean of the three tasks, and beside it a page
 of the same name (.html) with tables, figures, episodes to play and advice; with `--plot` the
 distribution of the scores; with `--video` the first episode of each task side by side (.mp4, .webp or .gif), where the

@@ -1,4 +1,4 @@
-"""Stage 3: DDPG fine-tuning in the official environments, from the dense reward to the official score.
+"""Stage 4: DDPG fine-tuning in the official environments, from the dense reward to the official score.
 
     python finetune_ddpg.py --checkpoint runs/converted --out runs/finetuned [--preset demo|cpu|l4|h200]
     python finetune_ddpg.py --preset scratch --out runs/scratch

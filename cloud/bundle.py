@@ -42,7 +42,7 @@ MODELS = {
     "ddpg_finetuned": "The policy of DDPG fine-tuning",
 }
 _CODE = "${workspace.file_path}"
-# References, not names: the order of creation follows from them, and a development target may prefix the names.
+# References, not names: the order of creation follows from them.
 _CATALOG = "${resources.catalogs.booster_soccer.name}"
 _RL_MODELS = "${resources.schemas.rl_models.name}"
 _VOLUMES = f"/Volumes/{_CATALOG}/{_RL_MODELS}"

@@ -1,6 +1,6 @@
 """The project's own Python environment on a cluster, beside the runtime's, which stays as it is.
 
-    python -m cloud.environment --extra gpu --torch cpu --place /local_disk0/booster_soccer/environments \
+    python -m cloud.environment --extra gpu,tune --torch cpu --place /local_disk0/booster_soccer/environments \
         --cache /Volumes/booster_soccer/rl_models/artifacts/environments
 
 The runtime has NumPy 1, and pandas built against it; the project needs NumPy 2. So: a virtual environment on the local

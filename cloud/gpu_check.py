@@ -294,7 +294,7 @@ def main(config: Config) -> list[Row]:
 
         steps = train_mjx_sac.PRESETS[config.preset].total_steps
         print("\n".join(estimate(steps, measured_speed(result, config.preset), config.price_per_hour, datetime.now())))
-        print("fine-tuning is not in it: its speed is not measured")
+        print("fine-tuning is not in it: it runs on the CPU, where this check does not measure it")
         return []
     for name in ("run", "run.resume", "run.resume.previous", "run.replay", "compiled"):  # of a check before
         shutil.rmtree(config.out / name, ignore_errors=True)

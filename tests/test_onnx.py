@@ -36,6 +36,7 @@ def test_the_file_acts_as_the_checkpoint_and_says_what_a_robot_must_know(tmp_pat
     assert about["checkpoint"] == checkpoint.hash
     layer = json.loads(about["action"])
     assert layer["joint_names"] == list(c.JOINT_NAMES) and layer["kp_nm_per_rad"] == c.KP_NM_PER_RAD.tolist()
+    assert layer["torque_limit_nm"] == c.TORQUE_LIMIT_NM.tolist()
     assert sum(row["width"] for row in json.loads(about["observation"])) == OBS_SIZE
 
 

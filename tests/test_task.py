@@ -33,7 +33,7 @@ while n < 9:
     while n == 5 and Path("state.resume/state.json").exists() and "--wait" in sys.argv:
         time.sleep(0.02)
 Path("result.json").write_text(json.dumps(n))
-sys.exit(3 if "--fail" in sys.argv else 0)
+sys.exit(int(sys.argv[sys.argv.index("--status") + 1]) if "--status" in sys.argv else 0)
 """
 
 
@@ -140,10 +140,17 @@ def test_sigterm_is_passed_on_and_the_last_state_comes_to_the_volume(cluster):
 
 
 def test_a_failed_stage_fails_its_task_and_publishes_nothing(cluster):
-    status, output = finish(start(cluster, "node", "--fail"))
+    status, output = finish(start(cluster, "node", "--status", "3"))
     assert status == 3 and "Traceback" not in output
     assert not (cluster / "volume" / "artifacts" / "runs").exists()
     assert (cluster / "volume" / "checkpoints" / "r1" / "snapshots").is_dir()
+
+
+def test_a_check_that_failed_leaves_its_numbers(cluster):
+    """Status 1 of gates.py and gpu_check.py: whoever is told to look at the numbers must find them."""
+    status, output = finish(start(cluster, "node", "--status", "1"))
+    assert status == 1 and "Traceback" not in output
+    assert json.loads((cluster / "volume" / "artifacts" / "runs" / "r1" / "result.json").read_text()) == 9
 
 
 def test_rows_of_a_run_are_merged_into_the_catalogs_table_by_spark(tmp_path, monkeypatch, capsys):

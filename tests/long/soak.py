@@ -59,7 +59,7 @@ def shortest(config: chain.Config, out: Path) -> dict[str, list[list[str]]]:
                       "--checkpoint", converted, "--out", finetuned, *resume]],
         "evaluate": [[*_without(command, "official"), "twin"] if "official" in command else command
                      for command in long["evaluate"]],
-        "submit": [[*long["submit"][0], "--episodes", "1"]],
+        "submit": long["submit"],
     }  # fmt: skip
 
 
