@@ -167,14 +167,15 @@ def test_idle_means_that_nothing_moves(xp):
 
 
 def test_target_value_rewards_direction(xp):
-    """On target: near the 8.1 points of a sure hit; across: little; still: zero."""
+    """On target: near the 8.1 points of a sure hit, fewer where it outruns the robot; across: little; still: 0."""
 
     def value(velocity):
         return float(dense.shot_value(situation(xp, "target", ball_vel=(*velocity, 0), action_count=0), xp))
 
     assert value((0, 0)) == 0
-    assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7), abs=0.05)
-    by_angle = [value((1.2 * np.cos(a), 1.2 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
+    assert value((0.6, 0)) == pytest.approx(3 * (2.0 + 0.7 * 0.935), abs=0.05)  # 1 / (1 + exp(-0.4 / 0.15)) = 0.935
+    assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7 * 0.209), abs=0.05)  # 1 / (1 + exp(0.2 / 0.15)) = 0.209
+    by_angle = [value((0.8 * np.cos(a), 0.8 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
     assert by_angle == sorted(by_angle, reverse=True) and len(set(by_angle)) == 4
 
 
@@ -187,7 +188,8 @@ def test_target_value_knows_when_the_ball_is_lost_or_late(xp):
 
     assert value(-1.2, 200) == pytest.approx(0.0, abs=0.05)  # 6 s left: still in the field
     assert value(-2.4, 200) == pytest.approx(-3.0, abs=0.05)  # 4.6 s to the line
-    assert value(1.2, 450) == pytest.approx(3 * 0.7, abs=0.1)  # 1 s left, 3.3 s to the target
+    assert value(1.2, 450) == pytest.approx(3 * 0.7 * 0.209, abs=0.05)  # 1 s left, 3.3 s to the target
+    assert value(0.8, 450) == pytest.approx(3 * 0.7 * 0.791, abs=0.05)  # 5 s to the target, but slow
 
 
 def test_goalie_value_rewards_speed_and_the_free_side(xp):

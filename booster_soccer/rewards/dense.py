@@ -48,6 +48,7 @@ class DenseWeights:
 _GRAVITY_M_S2 = 9.81
 _ROLLING_M_S = 0.3  # ball centre; slower, it has only been brushed
 _STANDING_M_S = 0.1  # imu
+_CATCHABLE_M_S = 1.0  # ball centre; the robot runs at about this speed behind it
 _DETOUR_M = 1.2  # extra distance for standing at 90 degrees to the line from ball to aim; twice that opposite
 
 
@@ -139,12 +140,13 @@ def target_path(s: Situation, xp) -> TargetPath:
 def target_shot_value(s: Situation, xp):
     """Expected score (...) of the ball's motion in the target task, times three so that it weighs beside a kick.
 
-    By how much the line of its motion misses the target decides; the angle teaches from far off. A slow ball may
-    be met again, and is still in the field when time is up: a lost one costs 1.
+    By how much the line of its motion misses the target decides; the angle teaches from far off, but only while the
+    robot can catch up and touch the ball again: kicked harder, it must hit at once. A ball lost to the field costs 1.
     """
     path = target_path(s, xp)
-    near = 0.5 * path.ahead * xp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine)
-    moving = xp.clip(path.speed_m_s - 0.2, 0.0, 1.0)
+    catchable = _soft(_CATCHABLE_M_S - path.speed_m_s, 0.15, xp)
+    near = catchable * (0.5 * path.ahead * xp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine))
+    moving = xp.clip(2.5 * (path.speed_m_s - 0.2), 0.0, 1.0)
     return 3.0 * moving * (2.0 * path.hit * path.in_time + 0.7 * near - path.lost * (1.0 - path.hit))
 
 
