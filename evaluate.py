@@ -40,7 +40,7 @@ from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
 from booster_soccer.store.entry import guarded
 from booster_soccer.tracking import plots, report, stage_pages, video
-from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
+from booster_soccer.tracking.record import Recorder, Result, TrackConfig, has_claimed, score_columns
 from booster_soccer.tracking.report import PLOT_SUFFIXES, finished
 
 
@@ -84,6 +84,8 @@ def _check(config: Config) -> None:
             f"--gates {config.gates}: a Champion needs this file (gates.py --json writes it), --json FILE and the "
             "official backend"
         )
+    if config.gates is not None and config.checkpoint is None:
+        raise UserError(f"--gates {config.gates}: a baseline cannot be the Champion: give --checkpoint DIR")
 
 
 def _episode(text: str) -> Episode:
@@ -116,7 +118,8 @@ def subject_of(config: Config) -> Subject:
     if config.checkpoint is None:
         name = str(config.policy)
         return Subject(reference_policy(name), name, {"policy": name})
-    checkpoint = checkpoints.load(config.checkpoint)
+    stages = None if config.gates is None else ("finetuned",)  # only such a one may claim to be the Champion
+    checkpoint = checkpoints.load(config.checkpoint, stages)
     about = {"checkpoint": str(config.checkpoint), "stage": checkpoint.stage, "hash": checkpoint.hash}
     title = f"{config.checkpoint} ({checkpoint.stage}, {checkpoint.hash})"
     return Subject(policy_from_arrays(checkpoint.arrays), title, about, checkpoint)
@@ -200,15 +203,15 @@ def main(config: Config) -> dict:
     identity |= {"start_noise": config.start_noise, "backend": config.backend}
     started, there = time.perf_counter(), finished(config.json, identity)
     recorder = None
-    if there is None and config.only is None:
+    # A result that is there already may still have to claim what `--gates` proves.
+    if config.only is None and (there is None or (config.gates is not None and not has_claimed(config.json))):
         parents = [] if subject.checkpoint is None else [subject.checkpoint]
-        recorder = Recorder(config.json, "evaluation", config, parents)
+        recorder = Recorder(config.json, "evaluation", config, parents, resumed=there is not None)
     with recorder or contextlib.nullcontext():
         result = there or measure(config, subject, identity)
         # First what is kept: whatever happens to the screen, the episodes have been played.
         files = write(config, subject, result)
-        if there is None:
-            show(config, subject, result)
+        show(config, subject, result)
         if config.video is not None:
             files += film(config, subject, config.video)
         if recorder is not None:

@@ -323,8 +323,8 @@ class Finetuning:
         self.films.take(policy_from_arrays(arrays), self.run.steps, episode_seed(self.config.seed, _VALIDATION, 0))
         return scores.numbers("eval") | {"eval/gain": mean}
 
-    def choose(self) -> tuple[dict[str, np.ndarray], dict]:
-        """The networks to hand on, and why: the candidate if it beats the start on fresh seeds, else the start.
+    def choose(self) -> tuple[Candidate, dict]:
+        """The policy to hand on, and why: the candidate if it beats the start on fresh seeds, else the start.
 
         The candidate is the best in validation or the last policy, whichever scores more on seeds of their own: the
         best of many short validations is a lucky one.
@@ -333,7 +333,7 @@ class Finetuning:
         best = self.run.kept.get("best")
         if best is None:
             print(f"no candidate scored above the start in validation: the result is the start policy; {More.START}")
-            return self.start.arrays, verdict
+            return self.start, verdict
         if self.run.diverged_at is None and best.steps < self.run.steps:
             on_others = functools.partial(self.validate, purpose=_SELECTION)
             best = best_or_last(best, self.learner.arrays(), self.run.steps, on_others)
@@ -350,9 +350,9 @@ class Finetuning:
         of_gain = f"gain {mean:+.3f} +- {standard_error:.3f}"
         if mean > standard_error:
             print(f"{of_gain}: the result is the candidate")
-            return best.arrays, verdict | {"result": "candidate"}
+            return best, verdict | {"result": "candidate"}
         print(f"{of_gain} is not above its standard error: the result is the start; {More.START}")
-        return self.start.arrays, verdict
+        return self.start, verdict
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -430,8 +430,9 @@ def main(config: Config) -> Path:
                     run.save(stage)  # the warm-up is long
                 run.train(stage, config.total_steps, stop)
                 with stop.interrupting():
-                    arrays, verdict = stage.choose()
-                path = run.finish(arrays, stage.golden_obs(), verdict | {"finetune_steps": run.steps})
+                    chosen, verdict = stage.choose()
+                verdict |= {"finetune_steps": run.steps}
+                path = run.finish(chosen, stage.golden_obs(), verdict)
                 numbers = {f"result/{name}": verdict[name] for name in ("gain", "standard_error") if name in verdict}
                 recorder.result(Result(numbers, [path, *stage_pages.of_run(path)], checkpoints.load(path)))
         except Stopped:

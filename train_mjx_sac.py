@@ -273,7 +273,7 @@ class Pretraining:
             )
         self.statistics.sums = {name: jnp.array(value) for name, value in sums.items()}
         if self.config.resume_buffer == "refill":
-            steps, collect = saved.manifest["steps"], self.config.collect
+            steps, collect = self.run.steps, self.config.collect
             self.learn_from = steps + collect.learning_starts
             self.loop.begin(self.learner_state, steps // collect.num_envs)
             return
@@ -293,7 +293,8 @@ def main(config: Config) -> Path:
     init = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
     parents = ([] if init is None else [init]) + teachers
-    run = Run(config.out, "pretrained", config, parents, free=("init", "teachers", "track"))
+    steps_before = 0 if init is None else init.manifest["steps"]
+    run = Run(config.out, "pretrained", config, parents, ("init", "teachers", "track"), steps_before)
     if config.resume and run.is_finished():
         print(config.out)
         return config.out
@@ -325,7 +326,7 @@ def main(config: Config) -> Path:
                 raise SystemExit(stop.status) from None
             metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
-            path = run.finish(best.arrays, stage.golden_obs(), metrics | {"scores": scores})
+            path = run.finish(best, stage.golden_obs(), metrics | {"scores": scores})
             judged = score_columns(scores, "twin", best.scores.shape[1], START_NOISE_RAD)
             files = [path, *stage_pages.of_run(path)]
             recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))

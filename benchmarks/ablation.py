@@ -4,10 +4,11 @@
 
 Each run is a pre-training from nothing, one after the other, in `<out>/<arm>-<seed>`; what is finished is not run
 again, so the same command goes on. Output: a table of each arm's last judgements, the official score on the twin; an
-arm that changes the code is judged by that code. Nothing else may use the run's cores: the arms share wall time, not
-steps.
+arm that changes the code is judged by that code, on one core. Nothing else may use the run's cores: the arms share wall
+time, not steps.
 """
 
+import itertools
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,14 +30,39 @@ _LAST = 3  # judgements that are averaged
 _JUDGE_EVERY = 200_000
 
 
+def _judge_here() -> None:
+    """Judge in this process: worker processes import the code anew, without an arm's change."""
+    from booster_soccer.rollout import judge, play
+    from booster_soccer.rollout.lanes import TwinLanes
+
+    def play_here(backend, policy, episodes, start_noise_rad):
+        results = []
+        for task, group in itertools.groupby(episodes, key=lambda episode: episode.task):
+            of_task = list(group)
+            results += play.play(TwinLanes(task, len(of_task)), policy, of_task, start_noise_rad)
+        return results
+
+    judge.play_in_workers = play_here
+
+
 def _world_axes() -> None:
     """The official layout's fault: positions along world axes, while the robot's heading stays unknown."""
     from booster_soccer.preprocess import observation, privileged
+    from booster_soccer.preprocess.observation import SLICES
+    from booster_soccer.rollout import lanes
 
     def unturned(quat_wxyz, xp):
         return xp.ones_like(quat_wxyz[..., 0]), xp.zeros_like(quat_wxyz[..., 0])
 
+    class Unturned:
+        """In place of the class that is submitted, which has the frame in its own source."""
+
+        def modify_state(self, obs, info):
+            joints = obs[..., SLICES["joint_pos"]], obs[..., SLICES["joint_vel"]]
+            return observation.observe(*joints, info, np).astype(np.float32)
+
     observation.heading_cos_sin = privileged.heading_cos_sin = unturned
+    lanes.Preprocessor = Unturned
 
 
 def _no_normalizer() -> None:
@@ -100,6 +126,7 @@ def run_arm(arm: str, seed: int, config: Config) -> None:
     """One run; in a process of its own, because the change stays."""
     if change := ARMS[arm][0]:
         change()
+        _judge_here()
     import train_mjx_sac
 
     errors.run(train_mjx_sac.main, settings(arm, seed, config))

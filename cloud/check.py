@@ -155,7 +155,7 @@ def refused(script: str, options: list[str]) -> str:
                 with mock.patch.object(sys, "argv", [script, *options]):
                     cli.parse(module.PRESETS, "", next(iter(module.PRESETS)))
             else:
-                tyro.cli(module.Config, args=options)
+                tyro.cli(module.Config, args=options, config=(tyro.conf.OmitArgPrefixes,))
     except UserError as error:
         return f"{script}: {error}"
     except SystemExit:

@@ -1,16 +1,23 @@
 """The ablation's arms, without training them."""
 
+import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import train_mjx_sac
 from benchmarks import ablation
+from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.agents.sac import GAIN, Normalizer
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess import observation, privileged
+from booster_soccer.rollout import judge, lanes
+from booster_soccer.store import checkpoints
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("arm", ablation.ARMS)
@@ -33,10 +40,31 @@ def test_action_scale_arm_scales_the_targets(monkeypatch):
     np.testing.assert_allclose(joint_target_rad(np.ones(c.NUM_JOINTS)) - c.DEFAULT_POSE_RAD, before / 2)
 
 
+def test_an_arm_that_changes_the_code_is_judged_by_it(monkeypatch):
+    """In this process the same scores as in workers; with half the action scale or in world axes others."""
+    policy = policy_from_arrays(checkpoints.load(ROOT / "assets" / "policies" / "final").arrays)
+    score = functools.partial(judge.judge, policy, [1, 2])
+    in_workers = score().score
+    for module, name in ((judge, "play_in_workers"), (lanes, "Preprocessor"), (observation, "heading_cos_sin"),
+                         (privileged, "heading_cos_sin")):  # fmt: skip
+        monkeypatch.setattr(module, name, getattr(module, name))
+    ablation._judge_here()
+    np.testing.assert_array_equal(score().score, in_workers)
+    ablation.ARMS["world-axes"][0]()
+    assert (score().score != in_workers).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(judge, "play_in_workers", judge.play_in_workers)
+    monkeypatch.setattr(c, "ACTION_SCALE_RAD", c.ACTION_SCALE_RAD.copy())
+    ablation._judge_here()
+    ablation.ARMS["action-scale-half"][0]()
+    assert (score().score != in_workers).all()
+
+
 def test_world_axes_arm_takes_the_yaw_out_of_the_observation(monkeypatch):
     """A robot that looks along y: a ball at +y is ahead of it in the heading frame, beside it in world axes."""
     for module in (observation, privileged):
         monkeypatch.setattr(module, "heading_cos_sin", observation.heading_cos_sin)
+    monkeypatch.setattr(lanes, "Preprocessor", lanes.Preprocessor)
     quat_wxyz, ball_w = np.array([np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)]), np.array([0.0, 2.0, 0.1])
 
     def heading(vector_w):

@@ -12,6 +12,9 @@ import pytest
 
 import chain
 from booster_soccer.errors import UserError
+from booster_soccer.tracking.record import TrackConfig
+from cloud import check
+from tests.long import soak
 
 ROOT = Path(chain.__file__).parent
 _CHAIN = """
@@ -88,6 +91,15 @@ def pretend(command: list[str]) -> None:
     elif script == "submit.py":
         Path(options["--out"]).mkdir(exist_ok=True)
         (Path(options["--out"]) / "score.json").write_text('{"mean": 0.75}')
+
+
+@pytest.mark.parametrize("commands", [chain.stages, soak.shortest])
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_scripts_take_the_options_that_they_are_given(commands, resume, tmp_path):
+    """Of the chain, and of the drill that runs it shortened."""
+    of_stages = commands(chain.Config(resume=resume, tracking=TrackConfig(("none",))), tmp_path).values()
+    found = [check.refused(script, options) for of_stage in of_stages for script, *options in of_stage]
+    assert len(found) >= 8 and not any(found)
 
 
 def test_a_chain_runs_every_stage_and_writes_its_summary_again(tmp_path, monkeypatch, capsys):

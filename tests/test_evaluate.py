@@ -1,5 +1,6 @@
 """The evaluation: arithmetic by hand on made-up episodes, and short real runs in worker processes."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -20,6 +21,7 @@ from booster_soccer.rollout.lanes import OfficialLanes, TwinLanes
 from booster_soccer.rollout.play import Episode, EpisodeResult, hold_default_pose, play
 from booster_soccer.store import checkpoints
 from booster_soccer.tracking import report
+from tests import small_checkpoints
 
 REPO = Path(evaluate.__file__).parent
 
@@ -156,6 +158,33 @@ def test_what_is_on_the_page_is_not_printed_again(made_up, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Official score" in shown and "Worst episodes" not in shown and "score.html" in shown
     assert "Worst episodes" in (tmp_path / "score.html").read_text()
+
+
+def test_a_result_that_is_there_already_claims_once(made_up, tmp_path, monkeypatch, capsys):
+    """The evaluation came before the gates, or was killed between its file and its end."""
+    checkpoint, gates, file = tmp_path / "finetuned", tmp_path / "gates.json", tmp_path / "score.json"
+    small_checkpoints.save(checkpoint, stage="finetuned")
+    gates.write_text("{}")
+    claims = []
+
+    class Noting(contextlib.nullcontext):
+        def __init__(self, *about, resumed=False):
+            super().__init__(self)
+            self.resumed = resumed
+
+        def result(self, result):
+            claims.append((self.resumed, result.claim))
+
+    monkeypatch.setattr(evaluate, "Recorder", Noting)
+    config = evaluate.Config(checkpoint=checkpoint, episodes=3, json=file)
+    evaluate.main(config)
+    evaluate.main(config)  # nothing more to tell
+    evaluate.main(dataclasses.replace(config, gates=gates))
+    assert claims == [(False, None), (True, (checkpoint, gates, file))] and len(made_up) == 7
+    assert capsys.readouterr().out.count("Official score") == 3
+    monkeypatch.setattr(evaluate, "has_claimed", lambda place: place == file)
+    evaluate.main(dataclasses.replace(config, gates=gates))
+    assert len(claims) == 2
 
 
 def test_the_plot_is_written(made_up, tmp_path, capsys):
@@ -367,6 +396,7 @@ def test_bad_input_is_told_before_anything_runs(made_up, tmp_path):
     refused("a Champion needs this file .*, --json FILE and the official", **gates)
     refused("a Champion needs", **gates, json=tmp_path / "new.json", backend="twin")
     refused("a Champion needs", policy="zero", gates=tmp_path / "none", json=tmp_path / "new.json")
+    refused("a baseline cannot be the Champion", **gates, json=tmp_path / "new.json")
     assert made_up == []
 
 

@@ -303,9 +303,9 @@ def test_the_result_is_never_below_the_start(converted, tmp_path, monkeypatch, v
     config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False)
     finetuned = checkpoints.load(stage.main(config), ("finetuned",))
     assert finetuned.manifest["parents"] == [{"stage": "converted", "hash": converted.hash}]
-    assert finetuned.manifest["steps"] == 740
-    metrics = finetuned.manifest["metrics"]
+    metrics, before = finetuned.manifest["metrics"], converted.manifest["steps"]
     assert metrics["result"] == result
+    assert finetuned.manifest["steps"] == before + (0 if result == "start" else metrics["candidate_step"])
     for name in (name for name in converted.arrays if name.startswith("actor")):
         same = np.array_equal(finetuned.arrays[name], converted.arrays[name])
         assert same == (result == "start"), name
@@ -332,8 +332,13 @@ def test_the_best_in_validation_and_the_last_are_compared_on_other_seeds(monkeyp
         return scores_of(again[arrays["step"]] if purpose == stage._SELECTION else float(arrays["step"] > 0))
 
     monkeypatch.setattr(subject, "validate", validate)
-    arrays, verdict = subject.choose()
-    assert arrays == {"step": chosen} and verdict["result"] == "candidate" and verdict["candidate_step"] == chosen
+    policy, verdict = subject.choose()
+    assert (
+        policy.arrays == {"step": chosen}
+        and policy.steps == chosen
+        and verdict["result"] == "candidate"
+        and verdict["candidate_step"] == chosen
+    )
 
 
 # --- runs ---------------------------------------------------------------------------------------------

@@ -144,6 +144,23 @@ def test_the_chain_links_the_pages_that_are_there_and_says_what_to_do(tmp_path):
         assert words in text
 
 
+def test_gates_that_measured_what_is_no_number_have_a_page(tmp_path):
+    """A lane that broke: its numbers are not finite, JSON has null for them, and a limit may be null too."""
+    side, nothing = {"mean": 0.5, "std": 0.1}, {"mean": None, "std": None}
+    check = {"gate": 3, "name": "score", "measured": None, "low": None, "high": 1.0, "passed": False, "where": "goalie"}
+    gates = {
+        "passed": False,
+        "checks": [check | {"remedy": "-"}],
+        "checkpoints": {"pretrained": str(tmp_path / "gone")},
+        "identity": {"pretrained": "ab12"},
+        "behaviour": {"tasks": {"goalie": {"score": {"pretraining": nothing, "official": side, "difference": None}}}},
+    }
+    file = tmp_path / "gates.json"
+    file.write_text(json.dumps(gates))
+    text = written(stage_pages.of_gates(file))
+    assert "FAILED" in text and "nan ± nan" in text and "0.50 ± 0.10" in text
+
+
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     file = tmp_path / "score.json"
     file.write_text(json.dumps(evaluation(standing())))
@@ -182,6 +199,7 @@ _VERDICT = {
     "candidate_step": 12000,
     "gain": 0.5,
     "standard_error": 0.6,
+    "confirmation": {"start/score": 1.25, "candidate/score": 1.75},
 }
 
 
@@ -191,9 +209,12 @@ def test_the_verdict_in_words():
         "The start was kept, because on fresh seeds the candidate gained +0.500, with a standard error of 0.600"
     )
     [replaced] = stage_pages.verdict_in_words(_VERDICT | {"result": "candidate", "gain": 0.9})
-    assert replaced.startswith("The candidate replaced the start, because") and "step 12,000, +2.00" in replaced
+    assert (
+        replaced.startswith("The candidate replaced the start, because")
+        and "start scored +1.25, the candidate, of step 12,000, +1.75" in replaced
+    )
     words = stage_pages.verdict_in_words({"result": "start", "validation_start": 1.5, "diverged_before_step": 7000})
-    assert words[0].startswith("The start was kept, because no candidate scored above it in validation.")
+    assert words[0].startswith("The start was kept, because no candidate scored above it in validation, where")
     assert words[1] == "Training diverged before step 7,000."
 
 

@@ -85,10 +85,10 @@ def test_the_result_is_the_best_policy_and_says_where_it_came_from(config, tmp_p
     toy.events["judge 12"] = lambda: first.append(toy.bias.copy())
     assert not run.goes_on(resume=False)
     run.train(toy, 40, StopSignal())
-    run.finish(run.kept["best"].arrays, OBS, {"best_step": run.kept["best"].steps})
+    run.finish(run.kept["best"], OBS, {"best_step": run.kept["best"].steps})
     result = checkpoints.load(config.out, ("converted",))
     np.testing.assert_array_equal(result.arrays["actor.output.bias"], first[0])
-    assert result.manifest["metrics"] == {"best_step": 12} and result.manifest["steps"] == 140
+    assert result.manifest["metrics"] == {"best_step": 12} and result.manifest["steps"] == 112
     assert result.manifest["parents"] == [{"stage": "converted", "hash": start.hash}]
     assert result.manifest["config"]["inner"] == {"size": 3} and result.manifest["config"]["records"]["log_every"] == 10
 

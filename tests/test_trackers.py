@@ -135,11 +135,11 @@ def proof(store: Path, checkpoint: Checkpoint, score: float, converted: str, **c
 def test_only_a_proved_and_better_policy_becomes_the_champion(store, stages):
     client, converted = MlflowClient(), stages["converted"].hash
     run = client.create_run(client.get_experiment_by_name("booster_soccer").experiment_id).info.run_id
-    for name in ("finetuned", "again", "stranger"):
+    for name in ("finetuned", "stranger"):  # "again" comes with its claim
         registry.register(client, run, stages[name])
 
     def verdict(name: str, score: float, **changes) -> str:
-        return registry.promote(client, proof(store, stages[name], score, **{"converted": converted} | changes))
+        return registry.promote(client, run, proof(store, stages[name], score, **{"converted": converted} | changes))
 
     def champion() -> str:
         version = client.get_model_version_by_alias("ddpg_finetuned", "Champion")
@@ -163,7 +163,7 @@ def test_only_a_proved_and_better_policy_becomes_the_champion(store, stages):
     with pytest.raises(UserError, match="gates.json or .*evaluation.json is not of gates.py and evaluate.py"):
         claim = proof(store, stages["again"], 1.0, converted)
         claim.gates.write_text("{}")
-        registry.promote(client, claim)
+        registry.promote(client, run, claim)
 
 
 def test_lineage_goes_from_a_submission_back_to_pretraining(store, stages):
@@ -205,3 +205,20 @@ def test_offline_attempts_are_runs_of_their_own_in_one_group(store, stages):
     assert artifact.type == "model" and [entry.path for entry in artifact.manifest.contents] == sorted(
         file.name for file in stages["pretrained"].path.iterdir()
     )
+
+
+def test_a_film_between_numbers_of_one_step_loses_none_of_them(store):
+    place, film = store / "film.tracking", store / "1000.mp4"
+    place.mkdir()
+    film.write_bytes(b"not looked into")
+    writer = WandbWriter(place)
+    writer.start({"stage": "pretrained", "key": "cd34", "attempt": 1, "config": {}, "parents": [], "commit": None,
+                  "parent": None}, {})  # fmt: skip
+    writer.log([(1000, {"train/q": 1.0})])
+    writer.artifact(film)
+    writer.log([(1000, {"eval/score": 2.0}), (2000, {"train/q": 3.0})])
+    writer.finish(END | {"status": "finished"})
+    [file] = place.glob("wandb/offline-run-*/*.wandb")
+    points = wandb_file.history(file)
+    assert points["train/q"] == [(1000, 1.0), (2000, 3.0)] and points["eval/score"] == [(1000, 2.0)]
+    assert {step for name, values in points.items() if name.startswith("video") for step, _ in values} == {1000}

@@ -68,7 +68,7 @@ def served(tmp_path, writer, messages=(END,), attempt: int = 1) -> list[str]:
     words, told = queue.Queue(), []
     for message in messages:
         words.put(message)
-    info = {"metrics": str(tmp_path / "run.metrics.jsonl"), "attempt": attempt}
+    info = {"metrics": str(tmp_path / "run.metrics.jsonl"), "key": "k", "attempt": attempt}
     serve(writer, tmp_path / "memory.json", info, words, told.append)
     return told
 
@@ -177,7 +177,7 @@ def train(config: Tracked, resumed: bool = False, **events) -> Toy:
         with Recorder(run.out, "converted", config, (), goes_on) as recorder:
             run.watch = recorder.at
             run.train(toy, config.total_steps, stop)
-            path = run.finish(run.kept["best"].arrays, OBS, {})
+            path = run.finish(run.kept["best"], OBS, {})
             recorder.result(Result({"result/step": 1.0}, [path], checkpoints.load(path)))
     return toy
 
@@ -255,6 +255,18 @@ def test_attempts_of_a_run_share_its_key_and_a_new_run_has_its_own(tmp_path, mon
     third = told(tmp_path / "run.tracking")[4]
     assert third["key"] != first["key"] and third["attempt"] == 1
     assert not (tmp_path / "run.tracking" / "wandb.json").exists()  # or its numbers would be taken for known
+
+
+def test_a_new_run_takes_nothing_from_the_state_that_a_killed_one_leaves_late(tmp_path):
+    """The killed one's process may write its state after the new run has begun."""
+    file, tracker = tmp_path / "state.json", Memory()
+    file.write_text(json.dumps({"key": "old", "delivered": {"train/q": 500}, "run": "its"}))
+    delivery = Delivery(tracker, file)
+    delivery.start({"key": "new", "attempt": 1})
+    delivery.add([(10, {"train/q": 1.0})])
+    delivery.try_now()
+    assert tracker.points == [("train/q", 10, 1.0)]
+    assert json.loads(file.read_text()) == {"key": "new", "delivered": {"train/q": 10}}
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit(3)", "import time; time.sleep(600)", "import os; os.close(0)"])

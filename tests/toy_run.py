@@ -127,7 +127,7 @@ def go(config: Config, resume: bool = False, parents=(), kind=Toy, diverges_at=n
                 run.restore(toy)
             run.train(toy, config.total_steps, stop, config.time_limit_s)
             best = run.kept["best"]
-            run.finish(best.arrays, OBS, {"best_step": best.steps})
+            run.finish(best, OBS, {"best_step": best.steps})
         except SystemExit as ended:  # must not leave the signal's context: its deadline would end pytest
             assert ended.code == STOPPED
     return toy

@@ -43,7 +43,7 @@ def main(config: Config) -> Path:
         print(f"seed {config.seed} runs", flush=True)
         run.train(toy, config.total_steps, stop)
         best = run.kept["best"]
-        return run.finish(best.arrays, toy_run.OBS, {"best_step": best.steps})
+        return run.finish(best, toy_run.OBS, {"best_step": best.steps})
 
 
 class Slow(toy_run.Toy):

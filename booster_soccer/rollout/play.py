@@ -11,6 +11,7 @@ depends on how many lanes or workers there are.
 import collections
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -237,7 +238,8 @@ def play_in_workers(
     `progress` wraps the results as they arrive (for example `tqdm`). An exception while we wait, such as one
     that a signal's handler raises, ends the processes at once.
     """
-    jobs, limit = _jobs(backend, episodes), workers or usable_cores()
+    limit = workers or usable_cores()
+    jobs = _jobs(backend, episodes, limit)
     count = min(limit, len(jobs))
     arguments = [(backend, policy, start_noise_rad, limit)] * count
     remedy = f"try fewer than {limit} with --workers"
@@ -251,12 +253,12 @@ def check_backend(name: str) -> None:
         raise UserError(f"there is no backend '{name}': choose one of {', '.join(BACKENDS)}")
 
 
-def _jobs(backend: str, episodes: Sequence[Episode]) -> list[list[Episode]]:
-    """The episodes in order, in the parts that a process plays at once."""
+def _jobs(backend: str, episodes: Sequence[Episode], processes: int) -> list[list[Episode]]:
+    """The episodes in order, in the parts that a process plays at once: enough for all the processes."""
     check_backend(backend)
     if backend == "scene":  # threads share it
         return [list(episodes)]
-    size = _EPISODES_PER_JOB if backend == "twin" else 1
+    size = min(_EPISODES_PER_JOB, math.ceil(len(episodes) / processes)) if backend == "twin" else 1
     of_tasks = [list(group) for _, group in itertools.groupby(episodes, key=lambda episode: episode.task)]
     return [group[i : i + size] for group in of_tasks for i in range(0, len(group), size)]
 

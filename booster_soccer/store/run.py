@@ -166,8 +166,8 @@ class Run:
                 table = checkpoints.load_extra(saved, "replay")
                 self.segments.read(table, replay, int(progress["added"]))
 
-            stage.take_up(saved, fill)
             self.steps, self.kept = int(progress["steps"]), kept
+            stage.take_up(saved, fill)
             self.last = {name: int(progress[f"last_{name}"]) for name in self.last}
 
         checkpoints.load_latest(self.resume_path, (self.stage,), accept=accept)
@@ -283,27 +283,26 @@ class Run:
             tables.append(self.segments.write(state.replay))
             extra["replay"] = tables[0]
         extra["progress"] = self._progress(0 if state.replay is None else state.replay.added)
-        self._write(self.resume_path, state.arrays, state.golden_obs, {}, extra, overwrite=True)
+        self._write(self.resume_path, self.steps, state.arrays, state.golden_obs, {}, extra, overwrite=True)
         with contextlib.suppress(UserError):  # there is none before, or none that can be read
             previous = checkpoints.load(places(self.resume_path)[1], (self.stage,), verify=False)
             tables.append(checkpoints.load_extra(previous, "replay"))
         self.segments.delete_all_but(*tables)
         self.record(of_training({"checkpoint_s": time.monotonic() - started}))
 
-    def finish(self, arrays: dict[str, np.ndarray], golden_obs: np.ndarray, metrics: Mapping[str, Any]) -> Path:
+    def finish(self, result: Candidate, golden_obs: np.ndarray, metrics: Mapping[str, Any]) -> Path:
         """Write the result; the state and its buffer are no longer needed."""
         if self.diverged_at is not None:
             metrics = dict(metrics) | {"diverged_before_step": self.diverged_at}
-        self._write(self.out, arrays, golden_obs, metrics, {}, overwrite=False)
+        self._write(self.out, result.steps, result.arrays, golden_obs, metrics, {}, overwrite=False)
         if not self.records.keep_state:
             self._delete_state()
         print(self.out)
         return self.out
 
-    def _write(self, path: Path, arrays, golden_obs, metrics, extra, overwrite: bool) -> None:
-        steps = self.steps_before + self.steps
-        checkpoints.save(path, self.stage, arrays, golden_obs, self.settings, self.seed, steps, self.parents, metrics,
-                         extra, overwrite)  # fmt: skip
+    def _write(self, path: Path, steps: int, arrays, golden_obs, metrics, extra, overwrite: bool) -> None:
+        checkpoints.save(path, self.stage, arrays, golden_obs, self.settings, self.seed, self.steps_before + steps,
+                         self.parents, metrics, extra, overwrite)  # fmt: skip
 
     def _delete_state(self) -> None:
         delete(self.resume_path)

@@ -120,7 +120,7 @@ def _is_blocked(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
         return None
     return Advice(
         "shoots but is blocked",
-        f"{len(blocked) / len(rows):.0%} of the shots ended at the keeper or a defender",
+        f"{len(blocked) / len(rows):.0%} of the episodes ended with a shot at the keeper or a defender",
         "the speed is there, the aim is not: train on with a longer horizon (a higher last --discount), on more seeds",
     )
 

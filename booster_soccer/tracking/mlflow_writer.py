@@ -21,6 +21,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.tracking import registry
 from booster_soccer.tracking.writer import Record
@@ -142,9 +143,14 @@ class MlflowWriter:
             self.artifact(Path(file))
         if end["checkpoint"] is not None and end["status"] == "finished" and self.stage in registry.MODELS:
             checkpoint = checkpoints.load(end["checkpoint"], (self.stage,))
-            words.append(registry.register(self.client, self.run_id, checkpoint))
+            version = registry.register(self.client, self.run_id, checkpoint)
+            words.append(f"{registry.model_name(self.stage)} version {version}")
         if end["claim"] is not None:
-            words.append(registry.promote(self.client, registry.Claim(*map(Path, end["claim"]))))
+            claim = registry.Claim(*map(Path, end["claim"]))
+            try:
+                words.append(registry.promote(self.client, self.run_id, claim))
+            except UserError as error:
+                words.append(f"no {registry.CHAMPION}: {error}")
         until = time.monotonic() + _PARENT_S
         while not self._join_parent() and time.monotonic() < until:
             time.sleep(0.2)

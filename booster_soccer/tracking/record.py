@@ -4,7 +4,7 @@ A stage writes its numbers into `<out>.metrics.jsonl` (`store/run.py`), whether 
 tracker is a process of its own (`worker.py`) that reads this file as it grows and hands the numbers on: a tracker that
 is slow, refused, broken or dead neither stops nor changes a training, and what it could not take is still in the file.
 
-    <out>.tracking/run.json        the key that joins all attempts of this run, and their number
+    <out>.tracking/run.json        the key that joins all attempts of this run, their number, whether one ended
     <out>.tracking/wandb.json      what has arrived there, by name of metric; a later attempt goes on behind it
     <out>.tracking/mlflow.json
     <out>.tracking/*.log           what the trackers' libraries print
@@ -40,6 +40,7 @@ Tracker = Literal["wandb", "mlflow", "none"]
 VARIABLE = "BOOSTER_TRACK"  # changes the default of --track, for a machine where the trackers are never wanted
 PARENT_VARIABLE = "BOOSTER_PARENT_RUN"  # the place of the run that a stage is a part of: the chain's
 _ROOT = Path(__file__).resolve().parents[2]
+_ABOUT = "run.json"
 _PATIENCE_S = 120.0  # for trackers at the end of a stage; those that know that they are broken end at once
 _PATIENCE_STOPPED_S = 2.0  # after SIGTERM, with ten seconds for everything
 
@@ -81,6 +82,14 @@ def score_columns(means: Mapping[str, float], backend: str, episodes: int, start
     return {"score": sum(scores.values()) / len(scores)} | scores | played
 
 
+def has_claimed(place: Path | None) -> bool:
+    """Whether a tracked run with this output ended after a claim to be the Champion, whatever came of it."""
+    if place is not None:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(json.loads((beside(place, "tracking") / _ABOUT).read_text()).get("claimed"))
+    return False
+
+
 class Recorder:
     """A context around one run of a stage; nothing in it raises because of a tracker.
 
@@ -111,6 +120,7 @@ class Recorder:
         self._monitor = GpuMonitor(self.alarm) if watch_gpu else None
         self._is_parent = is_parent
         self._result: Result | None = None
+        self._about: dict[str, Any] = {}  # this run and its attempts, as its file has it
 
     # --- the interface --------------------------------------------------------------------------------------
 
@@ -142,9 +152,12 @@ class Recorder:
         result = self._result or Result()
         scores = {f"result/{name}": value for name, value in result.row.items() if name.startswith("score")}
         result = dataclasses.replace(result, numbers={**result.numbers, **scores})
-        if self._workers and status != "stopped":
+        if self._workers and status != "stopped" and not self._about.get("ended"):
             self._append_row(status, result)
         self._finish(status, result)
+        if self._workers and status == "finished":
+            with contextlib.suppress(OSError):
+                self._write_about(ended=True, claimed=result.claim is not None)
 
     def at(self, step: int) -> Mapping[str, float]:
         """Numbers of the machine to record at this step, often none; called in every iteration."""
@@ -167,7 +180,7 @@ class Recorder:
 
     def _take_place(self) -> None:
         """A new run forgets one that was here; another attempt of the same run keeps its key."""
-        file, run = self.place / "run.json", {}
+        file, run = self.place / _ABOUT, {}
         if self.resumed:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 run = json.loads(file.read_text())
@@ -177,7 +190,11 @@ class Recorder:
         self._key = run.get("key", self._key)
         self.attempt = int(run.get("attempt", 0)) + 1
         self.place.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"key": self._key, "attempt": self.attempt, "stage": self.stage}))
+        self._about = run | {"key": self._key, "attempt": self.attempt, "stage": self.stage}
+        self._write_about()
+
+    def _write_about(self, **more: bool) -> None:
+        (self.place / _ABOUT).write_text(json.dumps(self._about | more))
 
     def _start(self, tracker: str) -> subprocess.Popen:
         command = [sys.executable, "-P", "-m", "booster_soccer.tracking.worker", tracker, str(self.place.resolve())]

@@ -71,15 +71,16 @@ def find(client: MlflowClient, stage: str, hash_: str) -> str | None:
 
 
 def register(client: MlflowClient, run_id: str, checkpoint: Checkpoint) -> str:
-    """Make a checkpoint the newest version of its stage's model, once, and its candidate; returns name and version."""
+    """Make a checkpoint the newest version of its stage's model, once, and its candidate; returns the version."""
     name = model_name(checkpoint.stage)
     version = find(client, checkpoint.stage, checkpoint.hash)
     if version is None:
         parents = ",".join(parent["hash"] for parent in checkpoint.manifest["parents"])
         uri = _log_policy(run_id, checkpoint)
-        version = mlflow.register_model(uri, name, tags={"checkpoint": checkpoint.hash, "parents": parents}).version
+        tags = {"checkpoint": checkpoint.hash, "parents": parents}
+        version = str(mlflow.register_model(uri, name, tags=tags).version)
     client.set_registered_model_alias(name, MODELS[checkpoint.stage].candidate, version)
-    return f"{name} version {version}"
+    return version
 
 
 def _log_policy(run_id: str, checkpoint: Checkpoint) -> str:
@@ -112,13 +113,16 @@ class Claim(NamedTuple):
     evaluation: Path
 
 
-def promote(client: MlflowClient, claim: Claim) -> str:
-    """Give the alias `Champion` to a fine-tuned checkpoint, if it has earned it; returns the verdict in words."""
+def promote(client: MlflowClient, run_id: str, claim: Claim) -> str:
+    """Give the alias `Champion` to a fine-tuned checkpoint, if it has earned it; returns the verdict in words.
+
+    One that is not registered (its training was not tracked there, or killed at its very end) is first, from this run.
+    """
     checkpoint = checkpoints.load(claim.checkpoint, ("finetuned",))
     gates, evaluation = _read(claim.gates), _read(claim.evaluation)
     name, version = model_name("finetuned"), find(client, "finetuned", checkpoint.hash)
     if version is None:
-        return f"no {CHAMPION}: {checkpoint.path} is not registered"
+        version = register(client, run_id, checkpoint)
     try:
         score, settings = float(evaluation["mean"]), evaluation["identity"]
         if reason := _not_proved(checkpoint, gates, settings):

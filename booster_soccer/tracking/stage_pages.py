@@ -9,6 +9,7 @@ A page that cannot be written is a warning: the stage's own result is there alre
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
@@ -111,7 +112,11 @@ def of_gates(file: Path) -> Path:
         sections.append(Section(f"Gate {gate}: {title}", table=table))
     for task, numbers in gates["behaviour"]["tasks"].items():
         rows = [
-            (name, *(_spread(of_name[side]) for side in ("pretraining", "official")), f"{of_name['difference']:+.2f}")
+            (
+                name,
+                *(_spread(of_name[side]) for side in ("pretraining", "official")),
+                f"{_number(of_name['difference']):+.2f}",
+            )
             for name, of_name in numbers.items()
         ]
         sections.append(
@@ -181,7 +186,12 @@ def of_chain(out: Path) -> Path:
     found = [*advice.of_gates(gates, _dr_level(gates)), *advice.of_chain({row["policy"]: row for row in rows}, verdict)]
     found += advice.of_evaluation(evaluation)
     scores = [
-        (row["policy"], row["backend"], *(f"{row[name]:+.2f}" for name in (*c.TASKS, "mean")), _interval(row["ci95"]))
+        (
+            row["policy"],
+            row["backend"],
+            *(f"{_number(row[name]):+.2f}" for name in (*c.TASKS, "mean")),
+            _interval(row["ci95"]),
+        )
         for row in rows
     ]
     seconds = [(stage, f"{value:.0f}") for stage, value in summary["seconds"].items()]
@@ -208,17 +218,19 @@ _STAGE_TITLES = {"pretrained": "Pre-training", "converted": "Conversion", "finet
 
 def verdict_in_words(metrics: Mapping[str, Any]) -> list[str]:
     """What fine-tuning ended with, and why, from its checkpoint's metrics."""
-    start = f"The start scored {metrics['validation_start']:+.2f} in validation"
     if "candidate_step" not in metrics:
-        words = f"The start was kept, because no candidate scored above it in validation. {start}."
+        start = f"it scored {metrics['validation_start']:+.2f}"
+        words = f"The start was kept, because no candidate scored above it in validation, where {start}."
     else:
+        start, candidate = (metrics["confirmation"][f"{name}/score"] for name in ("start", "candidate"))
+        step = f"{metrics['candidate_step']:,}"
+        there = f"There the start scored {start:+.2f}, the candidate, of step {step}, {candidate:+.2f}"
         gain, error = metrics["gain"], metrics["standard_error"]
-        candidate = f"the candidate, of step {metrics['candidate_step']:,}, {metrics['validation_candidate']:+.2f}"
         on_fresh = f"on fresh seeds the candidate gained {gain:+.3f}, with a standard error of {error:.3f}"
         if metrics["result"] == "candidate":
-            words = f"The candidate replaced the start, because {on_fresh}. {start}, {candidate}."
+            words = f"The candidate replaced the start, because {on_fresh}. {there}."
         else:
-            words = f"The start was kept, because {on_fresh}, which is no proof. {start}, {candidate}."
+            words = f"The start was kept, because {on_fresh}, which is no proof. {there}."
     diverged = metrics.get("diverged_before_step")
     return [words] + ([f"Training diverged before step {diverged:,}."] if diverged else [])
 
@@ -272,13 +284,13 @@ def _check_row(check: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = check["low"], check["high"]
     limits = " .. ".join("" if limit is None else f"{limit:.3g}" for limit in (low, high))
     verdict = "passed" if check["passed"] else "FAILED"
-    return check["name"], f"{check['measured']:.3g}", limits, verdict, check["where"]
+    return check["name"], f"{_number(check['measured']):.3g}", limits, verdict, check["where"]
 
 
 def _score_row(task: str, of_task: Mapping[str, Any]) -> tuple[str, ...]:
     shares = f"{of_task['success_rate']:.0%}", f"{of_task['fall_rate']:.0%}"
     rest = f"{of_task['mean_steps']:.0f}", f"{of_task['mean_touches']:.1f}"
-    mean, std = f"{of_task['mean']:+.2f}", f"{of_task['std']:.2f}"
+    mean, std = f"{_number(of_task['mean']):+.2f}", f"{_number(of_task['std']):.2f}"
     return task, str(of_task["episodes"]), mean, std, _interval(of_task["ci95"]), *shares, *rest
 
 
@@ -289,15 +301,22 @@ def _played(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _interval(interval: Sequence[float]) -> str:
-    return f"{interval[0]:+.2f} .. {interval[1]:+.2f}"
+    return f"{_number(interval[0]):+.2f} .. {_number(interval[1]):+.2f}"
 
 
 def _term(of_task: Mapping[str, Any], name: str) -> str:
-    return f"{of_task['terms'][name]:+.2f} ± {of_task['terms_std'][name]:.2f}" if name in of_task["terms"] else ""
+    if name not in of_task["terms"]:
+        return ""
+    return f"{_number(of_task['terms'][name]):+.2f} ± {_number(of_task['terms_std'][name]):.2f}"
 
 
 def _spread(side: Mapping[str, float]) -> str:
-    return f"{side['mean']:.2f} ± {side['std']:.2f}"
+    return f"{_number(side['mean']):.2f} ± {_number(side['std']):.2f}"
+
+
+def _number(value: float | None) -> float:
+    """A number of a JSON file, where null stands for one that was not finite."""
+    return math.nan if value is None else value
 
 
 # --- numbers of a run ---------------------------------------------------------------------------------------

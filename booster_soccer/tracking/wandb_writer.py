@@ -87,7 +87,8 @@ class WandbWriter:
         import wandb
 
         if path.suffix == ".mp4":
-            self.run.log({"video": wandb.Video(str(path), format="mp4")})
+            # Of the present step, to which more numbers may come.
+            self.run.log({"video": wandb.Video(str(path), format="mp4")}, commit=False)
             return
         kind = "model" if (path / "arrays.safetensors").exists() else "result"
         artifact = wandb.Artifact(f"{self.run.id}-{path.name}", type=kind)

@@ -75,6 +75,9 @@ class Delivery:
 
     def start(self, info: dict[str, Any]) -> None:
         """Open the tracker's run, which may know better what it has taken; raises what its library raises."""
+        if self.state.get("key") != info["key"]:  # of a run that was here before
+            self.delivered = {}
+            self.state = {"key": info["key"], "delivered": self.delivered}
         self.writer.start(info, self.state)
         self._known = dict(self.delivered)
         self.save()

@@ -85,7 +85,7 @@ with StopSignal() as stop:
     with Recorder(config.out, "converted", config, (), goes_on) as recorder:
         run.watch = recorder.at
         run.train(toy, config.total_steps, stop)
-        path = run.finish(run.kept["best"].arrays, OBS, {})
+        path = run.finish(run.kept["best"], OBS, {})
         recorder.result(Result({"result/score": 1.0}, [path], checkpoints.load(path)))
 """
 _STEPS = 2000  # four a tenth of a second: 50 s, so that slow clients come to their ends inside
