@@ -72,22 +72,22 @@ class Evaluation(NamedTuple):
 
     policy: str
     which: tuple[str, str]  # evaluate.py's option that names the policy, and its value
-    seed: int
     backend: str  # what is shipped is scored officially, the rest in the twin: same numbers, faster
     file: Path
 
 
-def evaluations(out: Path, seed: int) -> list[Evaluation]:
-    """All rows have the same starts."""
-    rows = (
-        ("zero torque", ("--policy", "zero"), "twin", "zero"),
-        ("pre-trained", ("--checkpoint", str(out / "pretrain")), "twin", "pretrained"),
-        ("converted", ("--checkpoint", str(out / "converted")), "twin", "converted"),
-        ("fine-tuned", ("--checkpoint", str(out / "finetuned")), "official", "finetuned"),
-    )
+def evaluations(out: Path) -> list[Evaluation]:
+    """All rows, from the same starts."""
+
+    def of(policy: str, directory: str, backend: str) -> Evaluation:
+        file = out / "evaluations" / f"{directory}.json"
+        return Evaluation(policy, ("--checkpoint", str(out / directory)), backend, file)
+
     return [
-        Evaluation(policy, which, seed, backend, out / "evaluations" / f"{name}.json")
-        for policy, which, backend, name in rows
+        Evaluation("zero torque", ("--policy", "zero"), "twin", out / "evaluations" / "zero.json"),
+        of("pre-trained", "pretrain", "twin"),
+        of("converted", "converted", "twin"),
+        of("fine-tuned", "finetuned", "official"),
     ]
 
 
@@ -107,10 +107,10 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
         "gates": [[*gates, "--json", str(out / "gates.json")]],
         "finetune": [["finetune_ddpg.py", *preset, "--checkpoint", converted, "--out", finetuned, *seed, *resume]],
         "evaluate": [
-            ["evaluate.py", *row.which, "--backend", row.backend, "--seed", str(row.seed)]
+            ["evaluate.py", *row.which, "--backend", row.backend, *seed]
             + ["--json", str(row.file), *scores]
             + (["--gates", str(out / "gates.json")] if row.backend == "official" else [])
-            for row in evaluations(out, config.seed)
+            for row in evaluations(out)
         ],
         "submit": [
             ["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]
@@ -160,7 +160,7 @@ def read_scores(rows: list[Evaluation]) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{row.file} is no result of evaluate.py: remove it, --resume measures again") from error
         scores.append(
-            {"policy": row.policy, "seed": row.seed, "backend": row.backend, **means, "mean": mean}
+            {"policy": row.policy, "backend": row.backend, **means, "mean": mean}
             | {"ci95": [low, high], "mean_physics_steps": steps, "file": str(row.file)}
         )
     return scores
@@ -223,7 +223,7 @@ def run(config: Config, out: Path) -> dict[str, Any]:
         for command in commands:
             run_script(stage, command)
         seconds[stage] = round(time.monotonic() - started, 1)
-    scores = read_scores(evaluations(out, config.seed))
+    scores = read_scores(evaluations(out))
     settings = {"preset": config.preset, "seed": config.seed, "pretrain_steps": config.pretrain_steps}
     sdk_score = json.loads((out / "submission" / "score.json").read_text())["mean"]
     summary = {"settings": settings, "seconds": seconds, "scores": scores, "sdk_score": sdk_score}

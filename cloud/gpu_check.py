@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -93,7 +93,6 @@ class Training:
     preset_lanes: int
     compiled: Path  # JAX's cache, empty at first
     memory_gb: float | None = None  # the most that was used
-    started_s: list[float] = field(default_factory=list)
 
     @property
     def steps_per_call(self) -> int:

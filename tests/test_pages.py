@@ -232,7 +232,7 @@ _SHOT = {"touches": 1, "shot_speed_m_s": 6.0, "steps": 900}
         ("target", {}, None),
         ("goalie", _SHOT | {"shot_speed_m_s": 1.5}, "touches but weakly"),
         ("target", _SHOT | {"shot_speed_m_s": 1.5}, None),  # is enough there
-        ("target", _SHOT | {"shot_speed_m_s": 0.5}, "touches but weakly"),
+        ("target", _SHOT | {"shot_speed_m_s": 0.4}, "touches but weakly"),
         ("obstacle", _SHOT | {"terms": {"ball_blocked": -0.5}}, "shoots but is blocked"),
         ("obstacle", _SHOT, None),
         ("target", _SHOT | {"fell": True}, "hits but then falls"),

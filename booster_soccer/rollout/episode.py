@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from booster_soccer.envs.tasks import Tasks, TaskState, View
 from booster_soccer.preprocess import observation
-from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rewards.official import official_score
 from booster_soccer.rollout import shaping
@@ -25,11 +24,6 @@ class Outcome(NamedTuple):
     fallen: jax.Array  # () bool
     success: jax.Array  # () bool
     diverged: jax.Array  # () bool: NaN or infinity, counted and reset
-
-    @property
-    def obs(self) -> jax.Array:
-        """The policy's observation (..., 87)."""
-        return self.critic_obs[..., :OBS_SIZE]
 
 
 def observe(tasks: Tasks, view: View, state: TaskState) -> jax.Array:

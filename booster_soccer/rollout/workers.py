@@ -21,7 +21,6 @@ from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.processes import Workers
 from booster_soccer.rollout.shaping import DenseLanes
 
-BACKENDS = ("official", "twin")
 # Nothing on this field is so fast; MuJoCo is, when it finds NaN and starts again by itself.
 _MAX_JUMP_M = 0.5  # in one action: 25 m/s
 

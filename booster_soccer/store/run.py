@@ -129,7 +129,7 @@ class Run:
             return False
         result = checkpoints.load(self.out, (self.stage,))
         self._check_same(result, self.free - {"total_steps"})
-        if not _flat(result.manifest["config"]).get("records.keep_state"):
+        if not flat(result.manifest["config"]).get("records.keep_state"):
             self._delete_state()
         print(f"{self.out} is finished already")
         return True
@@ -181,7 +181,7 @@ class Run:
                 f"{saved.path} is a run that started from {'other' if parents else 'no'} checkpoints: "
                 f"give the same ones, or another --out; {More.RUN}"
             )
-        theirs, ours = _flat(saved.manifest["config"]), _flat(plain(self.settings))
+        theirs, ours = flat(saved.manifest["config"]), flat(plain(self.settings))
         for name in sorted(ours):
             if name.split(".")[-1] not in free and theirs.get(name) != ours[name]:
                 raise WrongRun(
@@ -336,12 +336,12 @@ def _from_table(table: Mapping[str, np.ndarray], path: Path) -> dict[str, Candid
     return kept
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
+        by_name |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return by_name
 
 
 # --- records ------------------------------------------------------------------------------------------------

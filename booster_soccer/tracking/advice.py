@@ -12,16 +12,12 @@ import numpy as np
 
 from booster_soccer.envs import constants as c
 
-
-@dataclass(frozen=True)
-class Thresholds:
-    """When a rule speaks; judgements, except where a line says measured."""
-
-    many: float = 0.3  # share of episodes in which something is a habit
-    fall_early_s: float = 3.0  # zero torque falls at 0.6 s, a policy that only stands at 1.2 s (measured)
-    far_m: float = 1.0  # least distance to the ball of a robot that did not approach; it starts 2 m away at penalties
-    weak_m_s: float = 3.0  # ball speed at a shot; a walking controller reaches 2.9, the shipped policy 9.6 (measured)
-    weak_to_target_m_s: float = 1.0  # a ball rolls without slowing down, but an episode ends after ten seconds
+# When a rule speaks; judgements, except where a line says measured.
+_MANY = 0.3  # share of episodes in which something is a habit
+_FALL_EARLY_S = 3.0  # zero torque falls at 0.6 s, a policy that only stands at 1.2 s (measured)
+_FAR_M = 1.0  # least distance to the ball of a robot that did not approach; it starts 2 m away at penalties
+_WEAK_M_S = 3.0  # ball speed at a shot; a walking controller reaches 2.9, the shipped policy 10 (measured)
+_WEAK_TO_TARGET_M_S = 0.5  # slower is better there, but an episode ends after ten seconds
 
 
 @dataclass(frozen=True)
@@ -33,12 +29,12 @@ class Advice:
     do: str  # what to try
 
 
-def of_evaluation(result: Mapping[str, Any], limits: Thresholds = Thresholds()) -> list[Advice]:
+def of_evaluation(result: Mapping[str, Any]) -> list[Advice]:
     """Advice on a result of `evaluate.py`, task by task."""
     found = []
     for task, of_task in result["tasks"].items():
         for rule in _RULES:
-            if advice := rule(of_task["results"], task, limits):
+            if advice := rule(of_task["results"], task):
                 found.append(Advice(advice.rule, f"{task}: {advice.seen}", advice.do))
     return found
 
@@ -75,13 +71,13 @@ def of_chain(scores: Mapping[str, Mapping[str, Any]], verdict: Mapping[str, Any]
 # --- rules on the episodes of one task ----------------------------------------------------------------------
 
 Rows = list[Mapping[str, Any]]
-Rule = Callable[[Rows, str, Thresholds], Advice | None]
+Rule = Callable[[Rows, str], Advice | None]
 
 
-def _falls_early(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
+def _falls_early(rows: Rows, task: str) -> Advice | None:
     fell = [row for row in rows if row["fell"]]
     seconds = _mean(row["steps"] * c.PHYSICS_DT_S for row in fell)
-    if len(fell) < limits.many * len(rows) or seconds > limits.fall_early_s or _share(fell, _touched) > 0.5:
+    if len(fell) < _MANY * len(rows) or seconds > _FALL_EARLY_S or _share(fell, _touched) > 0.5:
         return None
     return Advice(
         "falls early",
@@ -90,9 +86,9 @@ def _falls_early(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
     )
 
 
-def _does_not_approach(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
-    away = [row for row in rows if not row["fell"] and row["ball_distance_min_m"] > limits.far_m]
-    if len(away) < limits.many * len(rows):
+def _does_not_approach(rows: Rows, task: str) -> Advice | None:
+    away = [row for row in rows if not row["fell"] and row["ball_distance_min_m"] > _FAR_M]
+    if len(away) < _MANY * len(rows):
         return None
     nearest = _mean(row["ball_distance_min_m"] for row in away)
     return Advice(
@@ -102,10 +98,10 @@ def _does_not_approach(rows: Rows, task: str, limits: Thresholds) -> Advice | No
     )
 
 
-def _touches_weakly(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
+def _touches_weakly(rows: Rows, task: str) -> Advice | None:
     speeds = [row["shot_speed_m_s"] for row in rows if row["shot_speed_m_s"] is not None]
-    weak_m_s = limits.weak_to_target_m_s if task == "target" else limits.weak_m_s
-    if len(speeds) < limits.many * len(rows) or np.median(speeds) >= weak_m_s:
+    weak_m_s = _WEAK_TO_TARGET_M_S if task == "target" else _WEAK_M_S
+    if len(speeds) < _MANY * len(rows) or np.median(speeds) >= weak_m_s:
         return None
     return Advice(
         "touches but weakly",
@@ -114,9 +110,9 @@ def _touches_weakly(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
     )
 
 
-def _is_blocked(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
-    blocked = [row for row in rows if "blocked" in row["ending"] and (row["shot_speed_m_s"] or 0.0) >= limits.weak_m_s]
-    if len(blocked) < limits.many * len(rows):
+def _is_blocked(rows: Rows, task: str) -> Advice | None:
+    blocked = [row for row in rows if "blocked" in row["ending"] and (row["shot_speed_m_s"] or 0.0) >= _WEAK_M_S]
+    if len(blocked) < _MANY * len(rows):
         return None
     return Advice(
         "shoots but is blocked",
@@ -125,9 +121,9 @@ def _is_blocked(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
     )
 
 
-def _falls_after_the_shot(rows: Rows, task: str, limits: Thresholds) -> Advice | None:
+def _falls_after_the_shot(rows: Rows, task: str) -> Advice | None:
     fell = [row for row in rows if row["fell"] and _touched(row) and not row["success"]]
-    if len(fell) < limits.many * len(rows):
+    if len(fell) < _MANY * len(rows):
         return None
     return Advice(
         "hits but then falls",

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 
 from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
+from booster_soccer.store.run import flat
 from booster_soccer.tracking import registry
 from booster_soccer.tracking.writer import Record
 
@@ -91,7 +92,7 @@ class MlflowWriter:
             run_name=f"{self.stage}-{info['key']}",
         )  # fmt: skip
         self.run_id = state["run_id"] = run.info.run_id
-        params = [Param(name, value) for name, value in _flat(info["config"]).items()]
+        params = [Param(name, str(value)[:500]) for name, value in flat(info["config"]).items()]
         for i in range(0, len(params), _PARAMS):
             self.client.log_batch(self.run_id, params=params[i : i + _PARAMS])
 
@@ -164,11 +165,3 @@ def _shown(uri: str) -> str:
     """A URI without the password that it may hold."""
     scheme, _, rest = uri.partition("://")
     return f"{scheme}://{rest.rpartition('@')[2]}" if rest else uri
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by dotted name, as text."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: str(value)[:500]}
-    return flat

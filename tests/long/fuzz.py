@@ -378,7 +378,7 @@ def _networks() -> dict[str, np.ndarray]:
 
 def _read_result(path: Path) -> None:
     report.finished(path, _IDENTITY)
-    row = chain.Evaluation("zero torque", ("--policy", "zero"), 0, "twin", path)
+    row = chain.Evaluation("zero torque", ("--policy", "zero"), "twin", path)
     chain.print_results(chain.Config(), chain.read_scores([row]), {"pretrain": 1.0})
 
 
