@@ -4,12 +4,17 @@ Importing this module gives MJX 3.3.7 two collision functions, without which a r
 ground that native MuJoCo gives it (docs/experiments.md). MJX has no public place for them.
 """
 
+import contextlib
+import io
+import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from mujoco import mjx
+
+with contextlib.redirect_stdout(io.StringIO()):  # it says that Warp, another engine, is not installed
+    from mujoco import mjx
 from mujoco.mjx._src import smooth, solver
 from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
 from mujoco.mjx._src.collision_primitive import GeomInfo, collider
@@ -20,6 +25,9 @@ from booster_soccer.envs import mjx_solver
 from booster_soccer.envs.randomization import Physics, Randomizer
 from booster_soccer.envs.scene import addresses, load_mjx_model, sensor_slices
 from booster_soccer.envs.tasks import View
+
+# MJX's box against box writes the largest float64 for "no contact", which becomes infinity in float32, as it should.
+warnings.filterwarnings("ignore", "overflow encountered in cast", RuntimeWarning, r"jax\._src\.")
 
 # One end of each of a box's four diagonals, in half sizes.
 _DIAGONALS = np.array([[1, 1, 1], [1, 1, -1], [1, -1, 1], [1, -1, -1]], np.float32)
