@@ -154,7 +154,7 @@ def read_scores(rows: list[Evaluation]) -> list[dict[str, Any]]:
             result = json.loads(row.file.read_text())
             tasks = {task: result["tasks"][task] for task in c.TASKS}
             means = {task: _number(of_task["mean"]) for task, of_task in tasks.items()}
-            steps = sum(_number(of_task["mean_steps"]) for of_task in tasks.values()) / len(tasks)
+            steps = sum(_number(of_task["mean_physics_steps"]) for of_task in tasks.values()) / len(tasks)
             low, high = map(_number, result["ci95"])
             mean = _number(result["mean"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:

@@ -283,7 +283,7 @@ class Tolerance(NamedTuple):
 # touch counts anew after each 2 ms without contact in the official environment, after each 20 ms in
 # pre-training, so dribbling differs by more than a bit. The score: half a m/s of ball speed.
 TOLERANCES = {
-    "steps": Tolerance(500.0),
+    "physics_steps": Tolerance(500.0),
     "fell": Tolerance(0.15, worse="more"),
     "walked_m": Tolerance(0.5, 0.25),
     "touches": Tolerance(1.0, 0.5),

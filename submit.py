@@ -221,12 +221,12 @@ def prove(package: Path, checkpoint: checkpoints.Checkpoint, config: Config) -> 
             "mean": float(np.mean(scores)),
             "scores": scores,
             "seeds": seeds,
-            "steps": [result.steps for result in replayed],
+            "physics_steps": [result.physics_steps for result in replayed],
             "same_torques_max_difference": apart,
             "torque_max_difference_nm": replay.max_difference_nm,
         }
         # The SDK does not count an episode's last step.
-        lengths_agree = np.allclose(seconds, [(result.steps - 1) * c.PHYSICS_DT_S for result in replayed])
+        lengths_agree = np.allclose(seconds, [(result.physics_steps - 1) * c.PHYSICS_DT_S for result in replayed])
         if not (apart <= SCORE_TOLERANCE and lengths_agree):
             raise UserError(
                 f"task '{task}': the SDK's benchmark scored {scores}, our runner with the same torques "

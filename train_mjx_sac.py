@@ -106,8 +106,8 @@ _L4 = Config(
     resume_buffer="refill",
 )  # fmt: skip
 PRESETS = {
-    "demo": replace(_CPU, out=Path("runs/demo/pretrain"), preset="demo", total_steps=1_500_000,
-                    records=RecordConfig(judge_every=250_000)),
+    "demo": replace(_CPU, out=Path("runs/demo/pretrain"), preset="demo", total_steps=1_000_000,
+                    records=RecordConfig(judge_every=250_000), judge_episodes=10),
     "cpu": _CPU,
     "l4": _L4,
     "h200": replace(

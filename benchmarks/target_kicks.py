@@ -67,10 +67,10 @@ def watch(config: Config) -> dict[str, np.ndarray]:
     seen = [(now.imu_pos_w, now.aim_pos_w, now.ball.centre_pos_w, now.ball.centre_vel_w) for now in lanes.seen]
     robot, aim, ball, ball_vel = np.array(seen)[..., :2].swapaxes(0, 1)
     found = {"robot": robot, "to_target": aim - ball, "to_ball": ball - robot, "ball_vel": ball_vel}
-    for name in ("steps", "touches", "success", "fell"):
+    for name in ("physics_steps", "touches", "success", "fell"):
         found[name] = np.array([getattr(result, name) for result in results])
     out = np.array([result.terms["offside"] != 0.0 for result in results])
-    return found | {"out": out, "actions": -(-found["steps"] // c.PHYSICS_STEPS_PER_ACTION)}
+    return found | {"out": out, "actions": -(-found["physics_steps"] // c.PHYSICS_STEPS_PER_ACTION)}
 
 
 def print_chase(p: dict[str, np.ndarray], after_kick: np.ndarray) -> None:

@@ -83,7 +83,7 @@ def pretend(command: list[str]) -> None:
     """Leave what the chain reads of a script's output."""
     script, options = command[0], dict(zip(command[1:], command[2:]))
     if script == "evaluate.py":
-        by_task = {"mean": 0.5, "mean_steps": 100.0}
+        by_task = {"mean": 0.5, "mean_physics_steps": 100.0}
         result = {"tasks": dict.fromkeys(chain.c.TASKS, by_task), "mean": 0.5, "ci95": [0.25, 0.75]}
         file = Path(options["--json"])
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ REPO = Path(evaluate.__file__).parent
 
 
 def episode(task: str, seed: int, score: float, **changes) -> EpisodeResult:
-    fields = dict(steps=1000, fell=False, success=False, touches=0, imu_height_m=0.6)
+    fields = dict(physics_steps=1000, fell=False, success=False, touches=0, imu_height_m=0.6)
     fields |= dict(shot_speed_m_s=None, shot_direction_deg=None, roll_phase_deg=None, roll_score=0.0)
     fields |= dict(ball_speed_site_m_s=0.0, ball_speed_centre_m_s=0.0, ball_height_max_m=0.12)
     fields |= dict(walked_m=0.0, ball_distance_min_m=1.0, aim_pos_w=[0.0, 0.0, 0.0], path=[])
@@ -46,7 +46,7 @@ def made_up(monkeypatch):
         for task, seed in episodes:
             i = counts[task]
             counts[task] += 1
-            fields = dict(steps=100 * (i + 1), fell=i % 2 == 0, success=i == 0)
+            fields = dict(physics_steps=100 * (i + 1), fell=i % 2 == 0, success=i == 0)
             results.append(episode(task, seed, float(i), **fields))
         return list(progress(iter(results)))
 
@@ -66,7 +66,7 @@ def test_means_rates_and_deviation_by_hand(made_up):
         assert of_task["std"] == pytest.approx(1.290994449)  # sqrt(5 / 3)
         assert of_task["success_rate"] == 0.25
         assert of_task["fall_rate"] == 0.5
-        assert of_task["mean_steps"] == 250.0
+        assert of_task["mean_physics_steps"] == 250.0
         assert of_task["terms"] == {"steps": -1.0}
         assert of_task["terms_std"] == {"steps": 0.0}
         assert [r["score"] for r in of_task["results"]] == [0.0, 1.0, 2.0, 3.0]
@@ -118,15 +118,15 @@ def test_the_table_names_what_stands_for_identical_episodes(made_up, capsys):
 
 def test_how_an_episode_ended_in_a_word():
     def word(task="goalie", terms=None, **changes):
-        result = episode(task, 0, 0.0, **({"steps": 300} | changes))
+        result = episode(task, 0, 0.0, **({"physics_steps": 300} | changes))
         return scores.ending(dataclasses.replace(result, terms=terms or {}))
 
     assert word(success=True) == "success"
     assert word(success=True, terms={"ball_blocked": -0.5, "offside": -0.0}) == "success+blocked"
     assert word(terms={"offside": -3.0}, fell=True) == "offside+fell"
-    assert word(steps=5000) == "timeout"
-    assert word(steps=5000, fell=True) == "fell"
-    assert word(steps=4999) == "diverged"
+    assert word(physics_steps=5000) == "timeout"
+    assert word(physics_steps=5000, fell=True) == "fell"
+    assert word(physics_steps=4999) == "diverged"
 
 
 def test_spreads_by_hand():
@@ -308,7 +308,7 @@ def test_a_checkpoint_is_scored_and_written(tmp_path, capsys):
     assert written["stage"] == "converted"
     assert set(written["tasks"]) == set(c.TASKS)
     for of_task in written["tasks"].values():
-        keys = {"mean", "std", "ci95", "success_rate", "fall_rate", "mean_steps", "terms", "results"}
+        keys = {"mean", "std", "ci95", "success_rate", "fall_rate", "mean_physics_steps", "terms", "results"}
         assert keys <= set(of_task)
     scores = [of_task["mean"] for of_task in written["tasks"].values()]
     assert written["mean"] == pytest.approx(np.mean(scores))

@@ -207,13 +207,13 @@ def test_the_allowed_difference_by_hand():
     assert gates.limit(gates.Tolerance(1.0, 0.5), expected, actual)[0] == 1.25  # half of 2.5
 
 
-AS_IN_PRETRAINING = {"steps": 3000.0, "fell": 0.0, "walked_m": 4.0, "touches": 1.0, "score": 2.0}
+AS_IN_PRETRAINING = {"physics_steps": 3000.0, "fell": 0.0, "walked_m": 4.0, "touches": 1.0, "score": 2.0}
 
 
 @pytest.mark.parametrize(
     ("name", "passes", "fails"),
     [
-        ("steps", (2501.0, 3499.0), (2499.0, 3501.0)),
+        ("physics_steps", (2501.0, 3499.0), (2499.0, 3501.0)),
         ("fell", (0.0, 0.0), (1.0, 1.0)),
         ("walked_m", (3.1, 4.9), (2.9, 5.1)),  # a quarter of 4
         ("touches", (0.1, 1.9), (-0.1, 2.1)),

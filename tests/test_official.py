@@ -135,7 +135,7 @@ def test_target_baseline_scores_by_the_distance_alone(envs):
     model, data = physics(envs["target"])
     distance = np.linalg.norm(data.site("ball").xpos - data.site("target0").xpos)
     assert result.score == pytest.approx(0.5 * math.exp(-distance) - 0.3)
-    assert result.fell and result.steps == 278
+    assert result.fell and result.physics_steps == 278
 
 
 def test_an_episode_depends_on_its_seed_and_noise_only(envs):
@@ -183,7 +183,7 @@ def test_an_episode_against_a_loop_written_out(envs, task):
     raw = base.compute_reward() | {"steps": 1.0}
 
     result = run_episode(envs[task], task, policy, seed=9)
-    assert result.steps == steps and result.fell == (path[-1][2] <= 0.4) and not result.success
+    assert result.physics_steps == steps and result.fell == (path[-1][2] <= 0.4) and not result.success
     assert result.touches == (0 if task == "target" else base.ball_hits_by_robot)  # there it never gets near
     assert result.score == pytest.approx(sum(weight * raw.get(name, 0) for name, weight in WEIGHTS[task].items()))
     assert result.walked_m == pytest.approx(np.linalg.norm(np.diff(np.array(path)[:, :2], axis=0), axis=1).sum())

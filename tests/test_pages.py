@@ -21,7 +21,7 @@ _SEED = 2**63 + 11  # more bits than a number of JavaScript has
 
 def row(task: str = "goalie", seed: int = _SEED, score: float = 0.5, **changes) -> dict:
     """One episode as an evaluation's JSON holds it: stood there for ten seconds, as far as nothing else is said."""
-    fields = dict(steps=5000, fell=False, success=False, touches=0, imu_height_m=0.6, terms={"steps": -1.0})
+    fields = dict(physics_steps=5000, fell=False, success=False, touches=0, imu_height_m=0.6, terms={"steps": -1.0})
     fields |= dict(shot_speed_m_s=None, shot_direction_deg=None, roll_phase_deg=None, roll_score=0.0)
     fields |= dict(ball_speed_site_m_s=0.0, ball_speed_centre_m_s=0.0, ball_height_max_m=0.12)
     fields |= dict(walked_m=0.0, ball_distance_min_m=0.5, aim_pos_w=[-10.97, 0.0, 0.0], path=_PATH)
@@ -220,14 +220,14 @@ def test_the_verdict_in_words():
 
 # --- advice -------------------------------------------------------------------------------------------------
 
-_SHOT = {"touches": 1, "shot_speed_m_s": 6.0, "steps": 900}
+_SHOT = {"touches": 1, "shot_speed_m_s": 6.0, "physics_steps": 900}
 
 
 @pytest.mark.parametrize(
     ("task", "habit", "rule"),
     [
-        ("goalie", {"fell": True, "steps": 500}, "falls early"),
-        ("goalie", {"fell": True, "steps": 4000}, None),  # after eight seconds
+        ("goalie", {"fell": True, "physics_steps": 500}, "falls early"),
+        ("goalie", {"fell": True, "physics_steps": 4000}, None),  # after eight seconds
         ("target", {"ball_distance_min_m": 1.8}, "stands but does not approach"),
         ("target", {}, None),
         ("goalie", _SHOT | {"shot_speed_m_s": 1.5}, "touches but weakly"),

@@ -62,7 +62,7 @@ def test_what_is_said_of_an_episode_by_hand():
     lanes = ScriptedLanes()
     [result] = play(lanes, lambda obs: np.full(12, obs[0] / 4, np.float32), [Episode("goalie", 5)], 0.1)
     assert [action[0, 0] for action in lanes.actions] == [0.0, 0.25, 0.5]
-    assert (result.task, result.seed, result.score, result.steps, result.fell) == ("goalie", 5, 1.5, 30, True)
+    assert (result.task, result.seed, result.score, result.physics_steps, result.fell) == ("goalie", 5, 1.5, 30, True)
     assert result.walked_m == 10.0  # 5, 0 and 5 m
     assert result.ball_distance_min_m == 0.5 and result.imu_height_m == 0.3
     assert (result.ball_speed_site_m_s, result.ball_speed_centre_m_s) == (3.0, 2.0)
@@ -88,7 +88,7 @@ def test_the_twin_gives_the_official_results_on_fewer_lanes_than_episodes(task, 
     for result in expected:  # ten rows of a path a second, and the end
         times = [row[0] for row in result.path]
         assert times[:-1] == [round(0.1 * i, 2) for i in range(len(times) - 1)]
-        assert times[-1] == round(result.steps * 0.002, 2)
+        assert times[-1] == round(result.physics_steps * 0.002, 2)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_our_scene_starts_where_the_official_environments_do_and_tells_of_the_ba
     alone = list(play(lanes, hold_default_pose, episodes[4:5], 0.02))
     assert [(result.task, result.seed) for result in results] == episodes
     for result in results:
-        assert result.fell and 300 < result.steps < 1000 and result.touches == 0 and not result.success
+        assert result.fell and 300 < result.physics_steps < 1000 and result.touches == 0 and not result.success
         assert result.shot_speed_m_s is None and result.ball_height_max_m == pytest.approx(0.12, abs=0.02)
         assert sum(result.terms.values()) == pytest.approx(result.score, abs=1e-5)
-    assert (alone[0].steps, alone[0].score) == (results[4].steps, results[4].score)
+    assert (alone[0].physics_steps, alone[0].score) == (results[4].physics_steps, results[4].score)
     with pytest.raises(UserError, match="no zero torque"):
         list(play(lanes, None, episodes))
     lanes.close()

@@ -48,7 +48,7 @@ def test_the_video_shows_the_scored_episode(gl, tmp_path):
     [result] = video.write(file, None, [episode], title="zero torque")
     assert [result] == list(play(TwinLanes("goalie", 1), None, [episode]))
     frames = frames_of(file)
-    falling = -(-result.steps // 20)  # frames until the end
+    falling = -(-result.physics_steps // 20)  # frames until the end
     assert len(frames) == falling + 1 + round(1.5 * 25)
     # Below the title, neither black nor of one colour.
     picture, caption = frames[:, 24 : 24 + 480].astype(int), frames[:, 24 + 480 :].astype(int)

@@ -16,7 +16,7 @@ class Scores(NamedTuple):
     """Official episodes, each (tasks, N) by task and seed."""
 
     score: np.ndarray
-    steps: np.ndarray  # physics steps
+    physics_steps: np.ndarray
     fell: np.ndarray
     success: np.ndarray
 

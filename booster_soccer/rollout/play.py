@@ -64,7 +64,7 @@ class EpisodeResult:
     seed: int
     score: float
     terms: dict[str, float]  # weighted; their sum is the score
-    steps: int  # physics steps
+    physics_steps: int
     fell: bool
     success: bool
     touches: int  # robot-ball contacts, each from first touch to release, as `ball_hits` counts them
@@ -204,7 +204,7 @@ def _result(
         seed=episode.seed,
         score=outcome.score,
         terms=outcome.terms,
-        steps=int(end.steps[lane]),
+        physics_steps=int(end.steps[lane]),
         fell=outcome.fell,
         success=outcome.success,
         touches=outcome.touches,

@@ -16,7 +16,7 @@ CONFIDENCE_INTERVAL = "95 %, percentile bootstrap of the mean, 2000 resamples"
 _RESAMPLES = 2000
 _OF_THE_BALL = ("shot_speed_m_s", "shot_direction_deg", "ball_height_max_m", "roll_phase_deg", "roll_score")
 _ANGLES = ("shot_direction_deg", "roll_phase_deg")
-_MEANS = ("steps", "touches", "ball_speed_site_m_s", "ball_speed_centre_m_s", "walked_m", "ball_distance_min_m")
+_MEANS = ("physics_steps", "touches", "ball_speed_site_m_s", "ball_speed_centre_m_s", "walked_m", "ball_distance_min_m")
 _SAME_EVERY_SEED = ("goalie",)  # nothing in these tasks is drawn at reset that a robot could notice
 
 
@@ -101,7 +101,7 @@ def ending(result: EpisodeResult) -> str:
         "offside": result.terms.get("offside", 0.0) < 0.0,
         "fell": result.fell,
     }
-    otherwise = "timeout" if result.steps >= c.EPISODE_PHYSICS_STEPS else "diverged"
+    otherwise = "timeout" if result.physics_steps >= c.EPISODE_PHYSICS_STEPS else "diverged"
     return "+".join(name for name, happened in events.items() if happened) or otherwise
 
 

@@ -76,7 +76,7 @@ Rule = Callable[[Rows, str], Advice | None]
 
 def _falls_early(rows: Rows, task: str) -> Advice | None:
     fell = [row for row in rows if row["fell"]]
-    seconds = _mean(row["steps"] * c.PHYSICS_DT_S for row in fell)
+    seconds = _mean(row["physics_steps"] * c.PHYSICS_DT_S for row in fell)
     if len(fell) < _MANY * len(rows) or seconds > _FALL_EARLY_S or _share(fell, _touched) > 0.5:
         return None
     return Advice(

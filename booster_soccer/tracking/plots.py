@@ -27,7 +27,6 @@ UNITS = {
     "fall_rate": "share",
     "length": "actions",
     "physics_steps": "physics steps",
-    "steps": "physics steps",
     "steps_per_s": "steps/s",
     "gain": "points",
     "checkpoint_s": "s",

@@ -30,7 +30,7 @@ BALL_ROWS = {
 def print_scores(result: dict, title: str) -> None:
     """Print the table of the tasks, in 80 columns."""
     scores = Table(title=f"Official score: {title}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("task", "n", "score", "std", "95 % CI", "success", "fell", "steps", "hits"):
+    for name in ("task", "n", "score", "std", "95 % CI", "success", "fell", "physics\nsteps", "hits"):
         scores.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
     for task, of_task in result["tasks"].items():
         scores.add_row(
@@ -41,7 +41,7 @@ def print_scores(result: dict, title: str) -> None:
             _interval_text(of_task["ci95"]),
             f"{of_task['success_rate']:.0%}",
             f"{of_task['fall_rate']:.0%}",
-            f"{of_task['mean_steps']:.0f}",
+            f"{of_task['mean_physics_steps']:.0f}",
             f"{of_task['mean_touches']:.1f}",
         )
     scores.add_section()
@@ -68,11 +68,13 @@ def print_details(result: dict) -> None:
     for name, label in BALL_ROWS.items():
         ball.add_row(label, *(_spread_text(of_task["ball"][name]) for of_task in result["tasks"].values()))
     worst = Table(title="Worst episodes", box=box.SIMPLE_HEAD)
-    for name in ("task", "seed", "score", "ending", "steps"):
-        worst.add_column(name, justify="right" if name in ("score", "steps") else "left")
+    for name in ("task", "seed", "score", "ending", "physics steps"):
+        worst.add_column(name, justify="right" if name in ("score", "physics steps") else "left")
     for of_task in result["tasks"].values():
         for row in worst_episodes(of_task):
-            worst.add_row(row["task"], f"{row['seed']}", f"{row['score']:+.2f}", row["ending"], f"{row['steps']}")
+            worst.add_row(
+                row["task"], f"{row['seed']}", f"{row['score']:+.2f}", row["ending"], f"{row['physics_steps']}"
+            )
 
     console = Console()
     for table in (terms, ball, worst):

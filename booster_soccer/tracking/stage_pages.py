@@ -140,7 +140,8 @@ def of_evaluation(file: Path) -> Path:
     terms = [(name, *(_term(of_task, name) for of_task in result["tasks"].values())) for name in names]
     worst = [row for of_task in result["tasks"].values() for row in worst_episodes(of_task)]
     worst_rows = [
-        (row["task"], str(row["seed"]), f"{row['score']:+.2f}", row["ending"], str(row["steps"])) for row in worst
+        (row["task"], str(row["seed"]), f"{row['score']:+.2f}", row["ending"], str(row["physics_steps"]))
+        for row in worst
     ]
     rows_of = [sorted(of_task["results"], key=lambda row: row["score"]) for of_task in result["tasks"].values()]
     episodes = [_played(row) for of_task in rows_of for row in of_task if row.get("path")]
@@ -289,7 +290,7 @@ def _check_row(check: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _score_row(task: str, of_task: Mapping[str, Any]) -> tuple[str, ...]:
     shares = f"{of_task['success_rate']:.0%}", f"{of_task['fall_rate']:.0%}"
-    rest = f"{of_task['mean_steps']:.0f}", f"{of_task['mean_touches']:.1f}"
+    rest = f"{of_task['mean_physics_steps']:.0f}", f"{of_task['mean_touches']:.1f}"
     mean, std = f"{_number(of_task['mean']):+.2f}", f"{_number(of_task['std']):.2f}"
     return task, str(of_task["episodes"]), mean, std, _interval(of_task["ci95"]), *shares, *rest
 
