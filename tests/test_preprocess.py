@@ -17,7 +17,6 @@ from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
 from booster_soccer.envs.turned import turn
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES, TABLE, observe, projected_gravity, yaw_rad
-from booster_soccer.preprocess.official_layout import OFFICIAL_SIZE, official_features
 from booster_soccer.preprocess.submission import Preprocessor
 from gates import difference, in_jax, observed, record, submitted_preprocessor
 
@@ -290,49 +289,3 @@ def test_accelerometer_is_clipped_at_fifty():
 def test_table_adds_up_to_87():
     assert OBS_SIZE == 87 == sum(row.width for row in TABLE)
     assert [row.name for row in TABLE][-1] == "task_one_hot"
-
-
-# --- the official layout, kept as a reference -------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", c.TASKS)
-def test_official_layout(task):
-    env = gym.make(c.GYM_ID[task])
-    env.reset(seed=4)
-    for _ in range(20):
-        obs, *_, info = env.step(np.full(12, 3.0))
-    features = official_features(obs, info)
-    assert features.shape == (86,) == (OFFICIAL_SIZE,) and features.dtype == np.float32
-
-    pieces = {
-        (0, 24): obs[:24],
-        (27, 30): info["robot_gyro"],
-        (30, 33): info["robot_accelerometer"],
-        (33, 36): info["robot_velocimeter"],
-        (36, 39): info["goal_team_0_rel_robot"],
-        (39, 42): info["goal_team_1_rel_robot"],
-        (42, 45): info["goal_team_0_rel_ball"],
-        (45, 48): info["goal_team_1_rel_ball"],
-        (48, 51): info["ball_xpos_rel_robot"],
-        (51, 54): info["ball_velp_rel_robot"],
-        (54, 57): info["ball_velr_rel_robot"],
-        (57, 59): [1, 0],
-        (59, 62): info["goalkeeper_team_0_xpos_rel_robot"],
-        (62, 65): info["goalkeeper_team_0_velp_rel_robot"],
-        (65, 68): info["goalkeeper_team_1_xpos_rel_robot"],
-        (68, 71): info["goalkeeper_team_1_velp_rel_robot"],
-        (71, 74): info["target_xpos_rel_robot"],
-        (74, 77): info["target_velp_rel_robot"],
-        (77, 86): info["defender_xpos"],
-    }
-    for (start, stop), expected in pieces.items():
-        np.testing.assert_array_equal(features[start:stop], np.asarray(expected, dtype=np.float32))
-    site = env.unwrapped.sim.data._data.sensor("robot_0:torso_quat").data
-    body_to_world = np.zeros(9)
-    mujoco.mju_quat2Mat(body_to_world, site)
-    gravity_b = body_to_world.reshape(3, 3).T @ [0.0, 0.0, -1.0]
-    np.testing.assert_allclose(features[24:27], gravity_b, atol=1e-6)
-
-    with_task = official_features(obs, info | {"task_index": np.array([0, 0, 1], dtype=np.float32)})
-    assert with_task.shape == (89,)
-    np.testing.assert_array_equal(with_task, [*features, 0.0, 0.0, 1.0])

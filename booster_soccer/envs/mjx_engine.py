@@ -23,7 +23,7 @@ from mujoco.mjx._src.math import make_frame
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import mjx_solver
 from booster_soccer.envs.randomization import Physics, Randomizer
-from booster_soccer.envs.scene import addresses, load_mjx_model, sensor_slices
+from booster_soccer.envs.scene import addresses, ball_contact_sensors, load_mjx_model, sensor_slices
 from booster_soccer.envs.tasks import View
 
 # MJX's box against box writes the largest float64 for "no contact", which becomes infinity in float32, as it should.
@@ -109,8 +109,7 @@ class MjxEngine:
         self._address = addresses(native)
         self._sensor = sensor_slices(native)
         self._foot_sites = [native.site(f"{side}_foot").id for side in ("left", "right")]
-        contacts = [s for name, s in self._sensor.items() if name.startswith("ball_") and name.endswith("_contacts")]
-        self._ball_contact = np.concatenate([np.arange(s.start, s.stop) for s in contacts])
+        self._ball_contact = ball_contact_sensors(native)
 
     def reset(self, qpos: jax.Array, qvel: jax.Array) -> MjxState:
         """The state at qpos (B, nq), at rest: qvel (B, nv) must be zero.

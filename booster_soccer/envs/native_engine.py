@@ -13,7 +13,7 @@ from mujoco import rollout
 from booster_soccer.arrays import check_like, restore_rng, rng_array
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.randomization import Physics, Randomizer
-from booster_soccer.envs.scene import addresses, keep_mujoco_quiet, load_native_model, sensor_slices
+from booster_soccer.envs.scene import addresses, ball_contact_sensors, keep_mujoco_quiet, load_native_model
 from booster_soccer.envs.tasks import View
 
 
@@ -31,17 +31,10 @@ class NativeEngine:
         self._models = [model] if dr_level == 0 else [copy.copy(model) for _ in range(num_envs)]
         self._pool = rollout.Rollout(nthread=num_threads)
         self._datas = [mujoco.MjData(model) for _ in range(num_threads)]
-        address, sensor = addresses(model), sensor_slices(model)
-        self._joint_q = address.joint_q
+        self._joint_q = addresses(model).joint_q
         self._nq, self._nv = model.nq, model.nv
         self._timestep_s = model.opt.timestep
-        self._ball_contact = np.concatenate(
-            [
-                np.arange(s.start, s.stop)
-                for name, s in sensor.items()
-                if name.startswith("ball_") and name.endswith("_contacts")
-            ]
-        )
+        self._ball_contact = ball_contact_sensors(model)
         # Full physics state is time, qpos, qvel here: no activations, no plugins.
         size = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         assert size == 1 + model.nq + model.nv

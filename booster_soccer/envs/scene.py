@@ -89,6 +89,12 @@ def sensor_slices(model: mujoco.MjModel) -> dict[str, slice]:
     return {s.name: slice(int(s.adr[0]), int(s.adr[0] + s.dim[0])) for s in sensors}
 
 
+def ball_contact_sensors(model: mujoco.MjModel) -> np.ndarray:
+    """Places (n,) in `sensordata` that are not zero while the robot touches the ball."""
+    found = [s for name, s in sensor_slices(model).items() if name.startswith("ball_") and name.endswith("_contacts")]
+    return np.concatenate([np.arange(s.start, s.stop) for s in found])
+
+
 def load_mjx_model() -> mujoco.MjModel:
     """The scene as written, for MJX: motors replaced by the PD layer, solver settings for float32.
 

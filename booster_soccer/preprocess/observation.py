@@ -5,8 +5,7 @@ world axes, so a policy could not tell where the ball lies from its own body. We
 about z into the heading frame (x forward, y left, z up). The two numbers of `player_team` choose which
 goal and keeper is "attacked" and which "own", and are then dropped; the three of the task come last.
 
-One body serves NumPy and JAX (`xp`). `preprocess/submission.py` is its self-contained twin for the
-platform, and `preprocess/official_layout.py` the official layout, kept as a reference.
+One body serves NumPy and JAX (`xp`). `preprocess/submission.py` is its self-contained twin for the platform.
 """
 
 import hashlib

@@ -193,8 +193,8 @@ class Recorder:
         self._about = run | {"key": self._key, "attempt": self.attempt, "stage": self.stage}
         self._write_about()
 
-    def _write_about(self, **more: bool) -> None:
-        (self.place / _ABOUT).write_text(json.dumps(self._about | more))
+    def _write_about(self, **end: bool) -> None:
+        (self.place / _ABOUT).write_text(json.dumps(self._about | end))
 
     def _start(self, tracker: str) -> subprocess.Popen:
         command = [sys.executable, "-P", "-m", "booster_soccer.tracking.worker", tracker, str(self.place.resolve())]

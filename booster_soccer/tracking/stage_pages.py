@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -326,15 +326,10 @@ def _number(value: float | None) -> float:
 def curves_of(records: Sequence[Mapping[str, float]]) -> dict[str, plots.Curve]:
     """Steps and values of each number, by name."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for record, name, value in _numbers(records):
-        steps, values = curves.setdefault(name, ([], []))
-        steps.append(record["step"])
-        values.append(value)
-    return dict(sorted(curves.items()))
-
-
-def _numbers(records: Sequence[Mapping[str, float]]) -> Iterator[tuple[Mapping[str, float], str, float]]:
     for record in records:
         for name, value in record.items():
             if name != "step" and isinstance(value, (int, float)):
-                yield record, name, value
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(record["step"])
+                values.append(value)
+    return dict(sorted(curves.items()))

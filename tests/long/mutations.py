@@ -5,9 +5,29 @@ from typing import Any
 
 import numpy as np
 
-from booster_soccer.preprocess import official_layout
-
-INFO = dict(official_layout._INFO_FEATURES) | {"robot_quat": 4, "task_index": 3}  # width of each entry
+# Width of each entry that the observation reads.
+INFO = {
+    "robot_quat": 4,
+    "robot_gyro": 3,
+    "robot_accelerometer": 3,
+    "robot_velocimeter": 3,
+    "goal_team_0_rel_robot": 3,
+    "goal_team_1_rel_robot": 3,
+    "goal_team_0_rel_ball": 3,
+    "goal_team_1_rel_ball": 3,
+    "ball_xpos_rel_robot": 3,
+    "ball_velp_rel_robot": 3,
+    "ball_velr_rel_robot": 3,
+    "player_team": 2,
+    "goalkeeper_team_0_xpos_rel_robot": 3,
+    "goalkeeper_team_0_velp_rel_robot": 3,
+    "goalkeeper_team_1_xpos_rel_robot": 3,
+    "goalkeeper_team_1_velp_rel_robot": 3,
+    "target_xpos_rel_robot": 3,
+    "target_velp_rel_robot": 3,
+    "defender_xpos": 9,
+    "task_index": 3,
+}
 
 
 def other_bytes(rng: random.Random, content: bytes) -> bytes:
