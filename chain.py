@@ -7,6 +7,7 @@ Input: nothing. Output: under `--out`
     pretrain, converted, finetuned  the checkpoints of the stages
     gates.json                      what the gates measured
     evaluations                     the official scores, a JSON file for each row of the table
+    goalie.mp4                      a penalty of the fine-tuned policy, where the machine has an OpenGL
     submission                      the package for the platform; nothing is sent
     summary.json                    settings, seconds of each stage in this call, scores
     report.html                     scores, verdict and advice in words; links the pages of the stages
@@ -52,6 +53,7 @@ EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
 PROOF_EPISODES = {"demo": 1, "cpu": 3, "l4": 3, "h200": 3}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
+FILM = "goalie.mp4"
 _POLL_S = 0.1
 
 
@@ -91,6 +93,12 @@ def evaluations(out: Path) -> list[Evaluation]:
     ]
 
 
+def film(config: Config, out: Path) -> list[str]:
+    """The command that films a penalty of the result; where the machine cannot draw, it says so and goes on."""
+    policy = ["--checkpoint", str(out / "finetuned"), "--backend", "twin", "--start-noise", str(START_NOISE_RAD)]
+    return ["evaluate.py", *policy, "--only", f"goalie:{config.seed}", "--video", str(out / FILM)]
+
+
 def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
     """The commands of each stage, in order: a script and its arguments."""
     seed, preset = ["--seed", str(config.seed)], ["--preset", config.preset]
@@ -111,7 +119,8 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
             + ["--json", str(row.file), *scores]
             + (["--gates", str(out / "gates.json")] if row.backend == "official" else [])
             for row in evaluations(out)
-        ],
+        ]
+        + [film(config, out)] * (not (out / FILM).exists()),
         "submit": [
             ["submit.py", "--checkpoint", finetuned, "--out", str(out / "submission"), *seed]
             + ["--episodes", str(PROOF_EPISODES[config.preset])]

@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.store.entry import guarded
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Config:
     of: Path  # directory of a submission or a checkpoint
 
 
+@guarded()
 def main(config: Config) -> list[str]:
     """Print the lineage; returns its lines."""
     # MLflow takes seconds to import; `--help` need not wait for it.

@@ -23,6 +23,7 @@ from benchmarks.learning import read_judgements
 from booster_soccer import errors
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.tracking.record import TrackConfig
 
@@ -164,6 +165,7 @@ def print_table(config: Config) -> None:
     Console(width=120).print(table)
 
 
+@guarded("out")
 def main(config: Config) -> None:
     """Run what is missing, then print the table."""
     if unknown := set(config.arms) - set(ARMS):

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from booster_soccer import errors
 from booster_soccer.errors import UserError
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.run import read_records
 
 SCORES = (-0.80, 0.0, 4.0, 8.0)
@@ -89,6 +90,7 @@ def plot_curves(runs: dict[str, list[dict[str, float]]], file: Path) -> None:
     plt.close(figure)
 
 
+@guarded("plot")
 def main(config: Config) -> dict[str, list[dict[str, float]]]:
     """Read, print the table; returns the judgements of each run."""
     if not config.metrics:

@@ -27,9 +27,9 @@ import numpy as np
 import tyro
 
 from booster_soccer import errors
+from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd
-from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.envs.twin_physics import memory_of
 

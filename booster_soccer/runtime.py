@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from booster_soccer.cores import usable_cores
+
 # name, value, and the older name that a user may have set instead (both at once is an error of JAX)
 _SETTINGS = (
     ("XLA_PYTHON_CLIENT_PREALLOCATE", "false", ""),  # take memory as it is needed: others use the GPU too
@@ -38,6 +40,9 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 def prepare() -> None:
     """Make the settings that the user has not made; a warning names those that come too late for a GPU."""
+    # XLA takes a thread for each core that it may run on, and knows no quota of time.
+    if hasattr(os, "sched_getaffinity") and usable_cores() < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("NPROC", str(usable_cores()))
     late, is_late = [], _is_gpu_in_use()
     for name, value, older in _SETTINGS:
         if name not in os.environ and older not in os.environ:

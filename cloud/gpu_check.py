@@ -36,6 +36,7 @@ import tyro
 
 from booster_soccer import errors
 from booster_soccer.errors import More, UserError
+from booster_soccer.store.entry import guarded
 from booster_soccer.store.manifests import MANIFEST
 from booster_soccer.store.run import read_records
 from booster_soccer.tracking import video
@@ -69,6 +70,7 @@ class Config:
     preset: Literal["l4", "h200"] = "l4"
     estimate: bool = False  # only say what a run takes
     price_per_hour: float = 0.0  # of the node, in any currency
+    finetune_steps_per_s: float = 0.0  # of fine-tuning, which runs on the node's CPU cores: its log says it
 
 
 class Row(NamedTuple):
@@ -263,15 +265,22 @@ def page(m: dict[str, Any]) -> str:
 # --- cost -----------------------------------------------------------------------------------------------
 
 
-def estimate(steps: int, steps_per_s: float | None, price_per_hour: float, now: datetime) -> list[str]:
-    """What a run takes, in lines."""
-    lines = [f"steps of the preset: {steps:,}"]
-    if steps_per_s is None:
-        return [*lines, "steps/s: not measured (run the check on the GPU first); hours and price: unknown"]
-    hours = steps / steps_per_s / 3600
-    lines += [f"steps/s, measured by the check: {steps_per_s:,.0f}", f"hours of pre-training: {hours:.1f}"]
+def estimate(steps: dict[str, int], speed: dict[str, float | None], price_per_hour: float, now: datetime) -> list[str]:
+    """What the stages on this node take, each with its steps and steps/s (None: not measured), in lines."""
+    lines, hours = [], 0.0
+    for stage, count in steps.items():
+        per_s = speed[stage]
+        if per_s is None:
+            lines.append(f"{stage}: {count:,} steps, steps/s not measured, so neither are hours and price")
+            continue
+        hours += count / per_s / 3600
+        lines.append(f"{stage}: {count:,} steps at {per_s:,.0f}/s, {count / per_s / 3600:.1f} hours")
+    if not hours:
+        return lines
     price = f"{hours * price_per_hour:.2f}" if price_per_hour else "give --price-per-hour"
-    return [*lines, f"price: {price}", f"it would end at {now + timedelta(hours=hours):%Y-%m-%d %H:%M}"]
+    of = "" if None not in speed.values() else " of what is measured"
+    end = f"{now + timedelta(hours=hours):%Y-%m-%d %H:%M}"
+    return [*lines, f"together{of}: {hours:.1f} hours, price: {price}, it would end at {end}"]
 
 
 def measured_speed(file: Path, preset: str) -> float | None:
@@ -285,17 +294,23 @@ def measured_speed(file: Path, preset: str) -> float | None:
         raise UserError(f"{file} is no result of gpu_check.py: remove it") from error
 
 
+@guarded("out")
 def main(config: Config) -> list[Row]:
     """Check, write both files, or print the estimate; returns the page's rows."""
     result = config.out / "gpu_check.json"
     if config.price_per_hour < 0:
         raise UserError(f"--price-per-hour {config.price_per_hour}: at least 0")
     if config.estimate:
+        import finetune_ddpg
         import train_mjx_sac
 
-        steps = train_mjx_sac.PRESETS[config.preset].total_steps
-        print("\n".join(estimate(steps, measured_speed(result, config.preset), config.price_per_hour, datetime.now())))
-        print("fine-tuning is not in it: it runs on the CPU, where this check does not measure it")
+        stages = {"pre-training": train_mjx_sac, "fine-tuning": finetune_ddpg}
+        steps = {name: stage.PRESETS[config.preset].total_steps for name, stage in stages.items()}
+        speed = {
+            "pre-training": measured_speed(result, config.preset),
+            "fine-tuning": config.finetune_steps_per_s or None,
+        }
+        print("\n".join(estimate(steps, speed, config.price_per_hour, datetime.now())))
         return []
     for name in ("run", "run.resume", "run.resume.previous", "run.replay", "compiled"):  # of a check before
         shutil.rmtree(config.out / name, ignore_errors=True)

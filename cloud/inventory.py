@@ -18,6 +18,7 @@ import tyro
 
 from booster_soccer import errors
 from booster_soccer.errors import More, UserError
+from booster_soccer.store.entry import guarded
 from cloud.environment import cuda_majors
 
 _SHOWN = ("numpy", "jax", "jaxlib", "jax-cuda12-plugin", "flax", "optax", "torch", "mujoco", "mujoco-mjx", "sai-mujoco",
@@ -67,6 +68,7 @@ def collect() -> dict[str, Any]:
     }
 
 
+@guarded("json")
 def main(config: Config) -> dict[str, Any]:
     """Print it, write it if a file is named, return it."""
     found = collect()

@@ -24,7 +24,7 @@ def test_it_is_a_notebook_without_outputs():
 
 def test_it_calls_every_stage_by_its_main_in_order_and_explains_it():
     calls = re.findall(r"\b(\w+)\.main\(", CODE)
-    assert calls == STAGES
+    assert list(dict.fromkeys(calls)) == STAGES  # the last of evaluate films
     before = None
     for cell in NOTEBOOK.cells:
         if cell.cell_type == "code" and re.search(r"\.main\(", cell.source):

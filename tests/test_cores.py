@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from booster_soccer.envs.cores import usable_cores
+from booster_soccer.cores import usable_cores
 
 
 @pytest.fixture

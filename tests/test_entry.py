@@ -19,12 +19,15 @@ import finetune_ddpg
 import gates
 import submit
 import train_mjx_sac
+from benchmarks import ablation, learning
 from booster_soccer.errors import UserError
 from booster_soccer.store import checkpoints
 from booster_soccer.store.entry import guarded, owned, with_paths
+from cloud import gpu_check, inventory
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = (chain, convert_jax2torch, evaluate, finetune_ddpg, gates, submit, train_mjx_sac)
+SCRIPTS = (ablation, chain, convert_jax2torch, evaluate, finetune_ddpg, gates, gpu_check, inventory, learning, submit,
+           train_mjx_sac)  # fmt: skip
 
 
 def start(out: Path | str, *options: str, cwd: Path = ROOT) -> subprocess.Popen:
@@ -139,6 +142,7 @@ def test_a_file_of_results_is_owned_too(tmp_path, monkeypatch, output):
 def test_every_script_owns_its_outputs(tmp_path, script):
     settings = {field.name for field in dataclasses.fields(script.Config)}
     others = {"engine": "native", "total_steps": 1} | ({} if script is chain else {"preset": "cpu"})
+    others |= {"preset": "l4"} if script is gpu_check else {"metrics": (str(tmp_path),)}
     known = {name: value for name, value in others.items() if name in settings}
     for output in {"out", "json", "plot"} & settings:
         places = {"checkpoint", "pretrained", "converted", "out", "json", output} & settings

@@ -69,10 +69,17 @@ def test_without_a_gpu_the_page_says_so():
 
 
 def test_an_estimate_by_hand():
-    lines = check.estimate(90_000_000, 50_000.0, 2.0, NOW)
-    assert lines[2:] == ["hours of pre-training: 0.5", "price: 1.00", "it would end at 2026-11-26 10:30"]
-    assert "price: give --price-per-hour" in check.estimate(90_000_000, 50_000.0, 0.0, NOW)
-    assert "not measured" in check.estimate(90_000_000, None, 2.0, NOW)[1]
+    steps = {"pre-training": 90_000_000, "fine-tuning": 3_600_000}
+    lines = check.estimate(steps, {"pre-training": 50_000.0, "fine-tuning": 1_000.0}, 2.0, NOW)
+    assert lines[1:] == [
+        "fine-tuning: 3,600,000 steps at 1,000/s, 1.0 hours",
+        "together: 1.5 hours, price: 3.00, it would end at 2026-11-26 11:30",
+    ]
+    part = check.estimate(steps, {"pre-training": 50_000.0, "fine-tuning": None}, 0.0, NOW)
+    assert (
+        "not measured" in part[1] and "together of what is measured: 0.5 hours, price: give --price-per-hour" in part[2]
+    )
+    assert len(check.estimate(steps, dict.fromkeys(steps), 2.0, NOW)) == 2
 
 
 def test_only_a_check_of_the_same_preset_on_a_gpu_gives_a_speed(tmp_path, capsys):
@@ -81,7 +88,7 @@ def test_only_a_check_of_the_same_preset_on_a_gpu_gives_a_speed(tmp_path, capsys
     file.write_text(json.dumps(MEASURED))
     assert check.measured_speed(file, "l4") == 50_000 and check.measured_speed(file, "h200") is None
     check.main(check.Config(tmp_path, estimate=True, price_per_hour=1.0))
-    assert f"steps of the preset: {PRESETS['l4'].total_steps:,}" in capsys.readouterr().out
+    assert f"pre-training: {PRESETS['l4'].total_steps:,} steps at 50,000/s" in capsys.readouterr().out
     file.write_text(json.dumps(MEASURED | {"inventory": INVENTORY | {"gpu": None}}))
     assert check.measured_speed(file, "l4") is None
     file.write_text("{}")

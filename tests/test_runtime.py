@@ -46,6 +46,16 @@ def test_settings_are_made_and_the_users_own_are_kept():
     assert child(PREPARE, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == (["false", "None", "highest"], "")
 
 
+@pytest.mark.parametrize(("quota", "threads"), [(3, "3"), (8, None)])
+def test_xla_gets_no_more_threads_than_a_quota_allows(monkeypatch, quota, threads):
+    monkeypatch.setenv("NPROC", "")  # taken back afterwards
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(runtime, "usable_cores", lambda: quota)
+    runtime.prepare()
+    assert os.environ.get("NPROC") == threads
+
+
 @pytest.mark.parametrize(
     ("used", "backend", "warns"), [(True, "gpu", True), (True, "cpu", False), (False, "gpu", False)]
 )

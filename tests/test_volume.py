@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from booster_soccer.store import checkpoints
 from cloud.volume import Mirror, VolumeError, listing, publish
+from tests import small_checkpoints
 from tests.volume_stub import Guard, Killed, mounted
 
 
@@ -188,6 +190,24 @@ def test_a_published_directory_has_no_manifest_until_it_is_whole(tmp_path):
     assert content(volume) == content(local) and at > 4
 
 
+def check_checkpoints(tmp_path: Path, mirror: Mirror, volume: Path) -> None:
+    """One of ours, saved by a run, loads on another machine's disk, and from the results as they lie on the volume."""
+    small_checkpoints.save(mirror.local / "policy", stage="converted")
+    assert mirror.save()
+    publish(mirror.local, volume / "results")
+    other, _ = elsewhere(tmp_path, volume / "runs" / "run")
+    places = mirror.local, other.local, volume / "results"
+    assert len({checkpoints.load(place / "policy").hash for place in places}) == 1
+
+
+def test_a_real_checkpoint_on_a_volume(tmp_path):
+    volume = tmp_path / "volume"
+    with Guard(volume).active():
+        mirror = Mirror(tmp_path / "disk" / "run", volume / "runs" / "run")
+        mirror.restore()
+        check_checkpoints(tmp_path, mirror, volume)
+
+
 def check_refusals(volume: Path) -> None:
     """What is no disk refuses to rename, to link, to append and to write in the middle."""
     (volume / "a").write_text("a")
@@ -219,3 +239,4 @@ def test_on_a_fuse_file_system(tmp_path):
             "large": "l" * 3_000_000
         }
         assert (volume / "results" / "large").stat().st_size == 3_000_000
+        check_checkpoints(tmp_path, mirror, volume)

@@ -15,8 +15,8 @@ import numpy as np
 
 from booster_soccer.agents.sac import Batch, Sac, SacState, between
 from booster_soccer.arrays import check_like, named, restore_rng, rng_array
+from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
-from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.native_engine import NativeEngine
 from booster_soccer.envs.pd import joint_target_rad
 from booster_soccer.envs.randomization import level

@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 
+from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene, situation
-from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.official import Ball
 from booster_soccer.envs.situation import Events, Situation
 from booster_soccer.envs.twin import TwinEnv

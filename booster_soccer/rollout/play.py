@@ -21,9 +21,9 @@ from typing import NamedTuple, Protocol
 import gymnasium as gym
 import numpy as np
 
+from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official
-from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.official import Ball
 from booster_soccer.errors import More, UserError
 from booster_soccer.rewards.official import WEIGHTS

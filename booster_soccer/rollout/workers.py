@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
-from booster_soccer.envs.cores import usable_cores
 from booster_soccer.envs.situation import Memory, Situation
 from booster_soccer.errors import UserError
 from booster_soccer.rewards.dense import DenseWeights

@@ -71,6 +71,11 @@ def main(config: Config) -> None:
             images = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
             if len(images) != 2:
                 raise UserError(f"{len(images)} pictures instead of the learning curve and the scores")
+            pages = [o.data["text/html"] for cell in notebook.cells for o in cell.get("outputs", [])
+                     if "text/html" in o.get("data", {})]  # fmt: skip
+            shown = {tag: sum(f"<{tag}" in page for page in pages) for tag in ("iframe", "video")}
+            if shown != {"iframe": 1, "video": int((out / "goalie.mp4").exists())}:
+                raise UserError(f"{shown} instead of the report and, where there is an OpenGL, the film")
         for name in ("pretrain", "converted", "finetuned", "submission"):
             if not (volume / name / "manifest.json").is_file():
                 raise UserError(f"{name} is not on the volume")
