@@ -109,7 +109,7 @@ _L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", records=replace(
 PRESETS = {
     "demo": replace(
         _CPU, out=Path("runs/demo/finetuned"), preset="demo", total_steps=250_000, num_lanes=96, warmup_rounds=4,
-        validation_episodes=8, confirmation_episodes=16,
+        validation_episodes=8, confirmation_episodes=10,
         records=RecordConfig(log_every=25_000, judge_every=125_000)),
     "cpu": _CPU,
     "l4": _L4,
