@@ -121,7 +121,7 @@ def test_start_noise_has_the_asked_spread_and_its_own_stream():
 def test_baselines_fall_when_measured_before(envs):
     zero = run_episode(envs["goalie"], "goalie", reference_policy("zero"), seed=1)
     hold = run_episode(envs["goalie"], "goalie", reference_policy("hold"), seed=1)
-    assert (zero.steps, hold.steps) == (278, 576)
+    assert (zero.physics_steps, hold.physics_steps) == (278, 576)
     assert zero.fell and hold.fell
     assert zero.imu_height_m <= c.FALL_HEIGHT_M
     assert zero.score == pytest.approx(-2.49, abs=0.005)

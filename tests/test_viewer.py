@@ -24,7 +24,7 @@ def test_the_game_is_the_scored_episode(game):
     while not game.ended:
         game.step()
     [expected] = play(TwinLanes("goalie", 1), hold_default_pose, [Episode("goalie", 5)], 0.02)
-    assert game.terms == expected.terms and game.time_s == expected.steps * 0.002
+    assert game.terms == expected.terms and game.time_s == expected.physics_steps * 0.002
     assert "**ended**" in game.words() and f"score **{expected.score:+.2f}**" in game.words()
 
 
