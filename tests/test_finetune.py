@@ -255,6 +255,9 @@ def test_a_round_goes_on_where_it_was_saved():
         np.testing.assert_array_equal(array[:3], subject.arrays[name][:3])
     with pytest.raises(UserError, match="the saved state: 'critic_obs' is"):
         Round(5, 6).restore(subject.state(), "the saved state")
+    for filled in (np.zeros(2, int), np.array(np.nan), np.array(1.0)):  # found by fuzzing
+        with pytest.raises(UserError, match="the saved state: '"):
+            Round(5, 3).restore(subject.state() | {"filled": filled}, "the saved state")
 
 
 # --- judging ------------------------------------------------------------------------------------------

@@ -60,7 +60,10 @@ class Round:
 
     def restore(self, state: dict[str, np.ndarray], what: str) -> None:
         """Go on with a round that was saved; `UserError` if it is of another shape."""
-        self.filled = int(np.clip(state.get("filled", np.array(0)), 0, len(self.arrays["dense"])))
+        filled = state.get("filled", np.array(0))
+        # Anything else than a whole number is refused below.
+        is_number = filled.shape == () and np.issubdtype(filled.dtype, np.integer)
+        self.filled = int(np.clip(filled, 0, len(self.arrays["dense"]))) if is_number else 0
         check_like(state, self.state(), what)
         for name, array in self.arrays.items():
             array[: self.filled] = state[name]
