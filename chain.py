@@ -6,8 +6,8 @@ Input: nothing. Output: under `--out`
 
     pretrain, converted, finetuned  the checkpoints of the stages
     gates.json                      what the gates measured
-    evaluations                     the official scores, a JSON file for each row of the table
-    goalie.mp4                      a penalty of the fine-tuned policy, where the machine has an OpenGL
+    evaluations                     the official scores, a JSON file for each row of the table; goalie.mp4, a penalty of
+                                    the fine-tuned policy, where the machine has an OpenGL
     submission                      the package for the platform; nothing is sent
     summary.json                    settings, seconds of each stage in this call, scores
     report.html                     scores, verdict and advice in words; links the pages of the stages
@@ -53,7 +53,7 @@ EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
 PROOF_EPISODES = {"demo": 1, "cpu": 3, "l4": 3, "h200": 3}
 START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
-FILM = "goalie.mp4"
+FILM = Path("evaluations") / "goalie.mp4"  # moved away with the scores of a policy that is replaced
 _POLL_S = 0.1
 
 

@@ -101,7 +101,7 @@ _L4 = Config(
     total_steps=10_000_000,
     collect=CollectConfig(num_envs=2048, batch_size=1024, updates_per_iteration=32, buffer_size=1_024_000,
                           learning_starts=81_920),
-    # A judgement takes 12 s of an H100's 16 cores, during which the GPU waits.
+    # A judgement took 12 s on the H100's machine, during which the GPU waits.
     records=RecordConfig(log_every=200_000, judge_every=2_000_000, video_every_s=600.0),
     resume_buffer="refill",
 )  # fmt: skip

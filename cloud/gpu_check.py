@@ -298,8 +298,9 @@ def measured_speed(file: Path, preset: str) -> float | None:
 def main(config: Config) -> list[Row]:
     """Check, write both files, or print the estimate; returns the page's rows."""
     result = config.out / "gpu_check.json"
-    if config.price_per_hour < 0:
-        raise UserError(f"--price-per-hour {config.price_per_hour}: at least 0")
+    for name in ("price_per_hour", "finetune_steps_per_s"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 0")
     if config.estimate:
         import finetune_ddpg
         import train_mjx_sac

@@ -146,7 +146,7 @@ def target_shot_value(s: Situation, xp):
     path = target_path(s, xp)
     catchable = _soft(_CATCHABLE_M_S - path.speed_m_s, 0.15, xp)
     near = catchable * (0.5 * path.ahead * xp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine))
-    moving = xp.clip(2.5 * (path.speed_m_s - 0.2), 0.0, 1.0)
+    moving = xp.clip((path.speed_m_s - 0.2) / 0.4, 0.0, 1.0)  # in full from 0.6 m/s: most targets are in reach of it
     return 3.0 * moving * (2.0 * path.hit * path.in_time + 0.7 * near - path.lost * (1.0 - path.hit))
 
 

@@ -198,7 +198,7 @@ def of_chain(out: Path) -> Path:
     seconds = [(stage, f"{value:.0f}") for stage, value in summary["seconds"].items()]
     places = [(name, out / f"{name}.html") for name in ("pretrain", "converted", "gates", "finetuned", "submission")]
     places += [(f"evaluation: {Path(row['file']).stem}", Path(row["file"]).with_suffix(".html")) for row in rows]
-    places += [("film of a penalty", out / "goalie.mp4")]
+    places += [("film of a penalty", out / "evaluations" / "goalie.mp4")]
     links = [(name, str(file.relative_to(out))) for name, file in places if file.exists()]
     settings = ", ".join(f"{name} {value}" for name, value in summary["settings"].items() if value is not None)
     sections = [
