@@ -4,6 +4,7 @@
 # make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
 # make test   sets up everything and runs the tests
 # make drills runs the long tests at their full size: hours; each alone as its file says; the full disk needs root
+# make bench  measures speed as ratios within one run, into docs/performance.md; the machine must be quiet
 # make clean  deletes what make made: the environment and the tools' caches; runs/ stays
 # make picture draws docs/figures/play.webp again: the shipped policy on starts that chose nothing; needs an OpenGL
 # make score  official score of the shipped policy: 20 noisy starts a task, and the keeper's one nominal episode
@@ -15,7 +16,7 @@ HALF := $(VENV)/.half
 PRESET ?= demo
 RUN ?= runs/$(PRESET)
 
-.PHONY: setup run resume check fix test drills scene picture score check-pins clean
+.PHONY: setup run resume check fix test drills bench scene picture score check-pins clean
 
 # GPU=1: PyTorch as a CPU build, so that JAX's CUDA is the only one.
 setup: $(READY)
@@ -77,6 +78,10 @@ drills: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.long.twin_equality --sources policy --seeds 30 \
 		--checkpoint assets/policies/final
+
+# BENCH="--rows P1 P2" chooses rows and other options.
+bench: setup
+	$(BIN)/python -m benchmarks.bench $(BENCH)
 
 scene: setup
 	$(BIN)/python -m booster_soccer.envs.make_scene

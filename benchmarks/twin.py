@@ -33,7 +33,7 @@ from booster_soccer.envs import official, pd
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.envs.twin_physics import memory_of
 
-_PIECES, _PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
+PIECES, PIECE_STEPS = 8, 50  # physics steps: the default pose still stands after them
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _torque_nm(obs: np.ndarray) -> np.ndarray:
 # Each of these prepares up to its first yield, and then plays one piece up to each further one.
 
 
-def pieces(start: Callable, step: Callable, calls: int = _PIECE_STEPS) -> Iterator[None]:
+def pieces(start: Callable, step: Callable, calls: int = PIECE_STEPS) -> Iterator[None]:
     """`start()` gives the observation of the first of the `calls` of `step(obs)` in a piece, each that of the next."""
     obs = start()
     while True:
@@ -78,7 +78,7 @@ def play_torque(env: TwinEnv) -> Iterator[None]:
 def play_action(env: TwinEnv) -> Iterator[None]:
     """The 50 Hz path."""
     action = np.tile(_ACTION, (env.num_lanes, 1))
-    calls = _PIECE_STEPS // c.PHYSICS_STEPS_PER_ACTION
+    calls = PIECE_STEPS // c.PHYSICS_STEPS_PER_ACTION
     return pieces(lambda: env.reset(range(env.num_lanes)), lambda _: env.step_action(action), calls)
 
 
@@ -89,7 +89,7 @@ def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:
         memory = memory_of(data)
         for row in waiting:  # shared: each thread takes the next lane
             memory[:] = row
-            mujoco.mj_step(env._source.model, data, _PIECE_STEPS)
+            mujoco.mj_step(env._source.model, data, PIECE_STEPS)
 
     with ThreadPoolExecutor(num_threads) as pool:
         data = [mujoco.MjData(env._source.model) for _ in range(num_threads)]
@@ -99,12 +99,12 @@ def play_physics(env: TwinEnv, num_threads: int) -> Iterator[None]:
             list(pool.map(advance, data))
 
 
-def _measure(plays: dict[str, Iterator[None]]) -> dict[str, np.ndarray]:
+def measure(plays: dict[str, Iterator[None]]) -> dict[str, np.ndarray]:
     """Seconds (2, pieces) of CPU time and of the clock for each play."""
     for play in plays.values():
         next(play)
-    seconds = {name: np.zeros((2, _PIECES)) for name in plays}
-    for piece in range(_PIECES):
+    seconds = {name: np.zeros((2, PIECES)) for name in plays}
+    for piece in range(PIECES):
         for name, play in plays.items():
             cpu, clock = time.process_time(), time.perf_counter()
             next(play)
@@ -137,11 +137,11 @@ def main(config: Config) -> None:
                 "physics": play_physics(several[1], 1),
                 "physics, threads": play_physics(several[1], config.threads),
             }
-            repeats.append(_measure(plays))
+            repeats.append(measure(plays))
         best = {name: np.min([seconds[name] for seconds in repeats], axis=0).sum(axis=1) for name in repeats[0]}
         cpu = {name: seconds[0] for name, seconds in best.items()}
         clock = {name: seconds[1] for name, seconds in best.items()}
-        steps = _PIECES * _PIECE_STEPS
+        steps = PIECES * PIECE_STEPS
         for env_ in several:
             env_.close()
         print(
