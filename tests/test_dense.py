@@ -78,14 +78,6 @@ def test_shot_is_the_change_of_value(xp):
     assert terms(xp, situation(xp), {"shot_value": 1.5}, {"shot_value": 4.0})["shot"] == pytest.approx(2.5)
 
 
-@pytest.mark.parametrize("task, after, kept", [("target", 4.0, 0.0), ("target", -2.0, -2.0), ("goalie", 4.0, 4.0)])
-def test_a_fall_takes_back_what_the_ball_still_promised_a_target(xp, task, after, kept):
-    fell = terms(xp, situation(xp, task), {"shot_value": 4.5}, {"shot_value": after}, fallen=True)
-    assert fell["shot"] == pytest.approx(kept - 4.5)
-    stood = terms(xp, situation(xp, task), {"shot_value": 4.5}, {"shot_value": after})
-    assert stood["shot"] == pytest.approx(after - 4.5)
-
-
 def test_approach_pays_new_ground_only_and_a_constant_while_a_penalty_is_under_way(xp):
     def approach(before, now, task="goalie", shot=0.0, **changes):
         before, after = {"nearest_approach_m": before}, {"nearest_approach_m": now, "shot_value": shot}
@@ -167,15 +159,14 @@ def test_idle_means_that_nothing_moves(xp):
 
 
 def test_target_value_rewards_direction(xp):
-    """On target: near the 8.1 points of a sure hit, fewer where it outruns the robot; across: little; still: 0."""
+    """On target: near the 8.1 points of a sure hit; across: little; still: zero."""
 
     def value(velocity):
         return float(dense.shot_value(situation(xp, "target", ball_vel=(*velocity, 0), action_count=0), xp))
 
     assert value((0, 0)) == 0
-    assert value((0.6, 0)) == pytest.approx(3 * (2.0 + 0.7 * 0.935), abs=0.05)  # 1 / (1 + exp(-0.4 / 0.15)) = 0.935
-    assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7 * 0.209), abs=0.05)  # 1 / (1 + exp(0.2 / 0.15)) = 0.209
-    by_angle = [value((0.8 * np.cos(a), 0.8 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
+    assert value((1.2, 0)) == pytest.approx(3 * (2.0 + 0.7), abs=0.05)
+    by_angle = [value((1.2 * np.cos(a), 1.2 * np.sin(a))) for a in (0.0, 0.25, 0.8, 3.0)]
     assert by_angle == sorted(by_angle, reverse=True) and len(set(by_angle)) == 4
 
 
@@ -188,8 +179,7 @@ def test_target_value_knows_when_the_ball_is_lost_or_late(xp):
 
     assert value(-1.2, 200) == pytest.approx(0.0, abs=0.05)  # 6 s left: still in the field
     assert value(-2.4, 200) == pytest.approx(-3.0, abs=0.05)  # 4.6 s to the line
-    assert value(1.2, 450) == pytest.approx(3 * 0.7 * 0.209, abs=0.05)  # 1 s left, 3.3 s to the target
-    assert value(0.8, 450) == pytest.approx(3 * 0.7 * 0.791, abs=0.05)  # 5 s to the target, but slow
+    assert value(1.2, 450) == pytest.approx(3 * 0.7, abs=0.1)  # 1 s left, 3.3 s to the target
 
 
 def test_goalie_value_rewards_speed_and_the_free_side(xp):

@@ -48,7 +48,6 @@ class DenseWeights:
 _GRAVITY_M_S2 = 9.81
 _ROLLING_M_S = 0.3  # ball centre; slower, it has only been brushed
 _STANDING_M_S = 0.1  # imu
-_CATCHABLE_M_S = 1.0  # ball centre; the robot runs at about this speed behind it
 _DETOUR_M = 1.2  # extra distance for standing at 90 degrees to the line from ball to aim; twice that opposite
 
 
@@ -140,13 +139,12 @@ def target_path(s: Situation, xp) -> TargetPath:
 def target_shot_value(s: Situation, xp):
     """Expected score (...) of the ball's motion in the target task, times three so that it weighs beside a kick.
 
-    By how much the line of its motion misses the target decides; the angle teaches from far off, but only while the
-    robot can catch up and touch the ball again: kicked harder, it must hit at once. A ball lost to the field costs 1.
+    By how much the line of its motion misses the target decides; the angle teaches from far off. A slow ball may
+    be met again, and is still in the field when time is up: a lost one costs 1.
     """
     path = target_path(s, xp)
-    catchable = _soft(_CATCHABLE_M_S - path.speed_m_s, 0.15, xp)
-    near = catchable * (0.5 * path.ahead * xp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine))
-    moving = xp.clip((path.speed_m_s - 0.2) / 0.4, 0.0, 1.0)  # in full from 0.6 m/s: most targets are in reach of it
+    near = 0.5 * path.ahead * xp.exp(-path.miss_m / 2.0) + 0.25 * (1.0 + path.cosine)
+    moving = xp.clip(path.speed_m_s - 0.2, 0.0, 1.0)
     return 3.0 * moving * (2.0 * path.hit * path.in_time + 0.7 * near - path.lost * (1.0 - path.hit))
 
 
@@ -212,11 +210,8 @@ def dense_terms(s: Situation, before: Memory, after: Memory, events: Events, act
     follow = xp.maximum(xp.exp(-approach_distance_m(s, xp)), xp.where(rolls, path.hit * path.in_time, 0.0))
     fallen = events.fallen | events.diverged
     lost = events.out_of_field & is_target  # in penalty kicks the shot's value has said it
-    # A fall in the target task ends the ball's way too: what it still promised is taken back. Otherwise falling just
-    # before it misses keeps what the kick was paid, and a policy learns to do so (docs/experiments.md).
-    kept = xp.where(is_target & fallen, xp.minimum(after.shot_value, 0.0), after.shot_value)
     terms = {
-        "shot": kept - before.shot_value,
+        "shot": after.shot_value - before.shot_value,
         "approach": xp.where(under_way, 0.5, approach),
         "dribble": xp.where(is_target, dribble, 0.0),
         "follow": xp.where(is_target, follow, 0.0),
