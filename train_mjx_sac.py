@@ -51,13 +51,14 @@ from booster_soccer.envs.tasks import Tasks
 from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
+from booster_soccer.rollout.engines import ENGINES, SLOW_ON_A_CPU, Engine, faster
 from booster_soccer.rollout.judge import START_NOISE_RAD, best_or_last, judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
-from booster_soccer.store.run import Candidate, RecordConfig, Run, State
+from booster_soccer.store.run import Candidate, RecordConfig, Run, State, recorded
 from booster_soccer.store.signals import Stopped, StopSignal
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
@@ -74,7 +75,9 @@ class Config:
 
     out: Path  # checkpoint directory to write
     preset: str  # demo, cpu, l4 or h200
-    engine: Literal["native", "mjx"]  # native MuJoCo threads (CPU), or MJX (a GPU; it runs on a CPU too)
+    # Native MuJoCo threads (CPU), or MJX (a GPU; it runs on a CPU too); the learner is on the GPU with both. auto: the
+    # faster one, where JAX sees a GPU both are timed for 20 s at the start, elsewhere it is native.
+    engine: Literal["native", "mjx", "auto"]
     total_steps: int  # one step = one action in one lane
     collect: CollectConfig = CollectConfig()
     sac: SacConfig = SacConfig()
@@ -141,16 +144,32 @@ def check(config: Config) -> None:
         raise UserError(
             f"--buffer-size {config.collect.buffer_size} is less than one action of {config.collect.num_envs} lanes"
         )
+    if platform() == "cpu" and config.engine == "mjx":
+        print(f"warning: JAX sees no GPU: {SLOW_ON_A_CPU}; {More.NO_GPU}", file=sys.stderr)
+
+
+def platform() -> str:
+    """Where JAX computes, `cpu` or a GPU's name; `UserError` if nowhere."""
     try:
-        backend = jax.default_backend()
+        return jax.default_backend()
     except RuntimeError as error:
         where = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}"
         raise UserError(
             f"JAX finds no device with {where}: {error}; unset it, or set it to cpu; {More.NO_GPU}"
         ) from error
-    if config.engine == "mjx" and backend == "cpu":
-        slower = "MJX is some 40 times slower than --engine native here"
-        print(f"warning: JAX sees no GPU: {slower}; {More.NO_GPU}", file=sys.stderr)
+
+
+def known_engine(config: Config) -> Config:
+    """The configuration with an engine for `auto`, where none must be timed: a run keeps its own, a CPU is native's."""
+    if config.engine != "auto":
+        return config
+    own = recorded(config.out, "engine") if config.resume else None
+    if own in ENGINES:
+        return replace(config, engine=own)
+    if platform() == "cpu":
+        print(f"--engine auto: native is taken, JAX sees no GPU: {SLOW_ON_A_CPU}", flush=True)
+        return replace(config, engine="native")
+    return config
 
 
 @contextlib.contextmanager
@@ -174,17 +193,34 @@ def _seeds(master: int, episodes: int) -> list[int]:
     return np.random.SeedSequence(master).generate_state(episodes, np.uint64).tolist()
 
 
+def new_loop(
+    config: Config, init: Checkpoint | None, teachers: list[Checkpoint]
+) -> tuple[NativeLoop | MjxLoop, sac.SacState]:
+    """The loop of the configuration's engine and the learner's state, both as a run begins."""
+    learner = Sac(config.sac, sac.teachers_from([teacher.arrays for teacher in teachers]) if teachers else None)
+    state = learner.init(jax.random.key(config.seed))
+    if init is not None:
+        state = sac.warm_start(state, init.arrays)
+    kind = NativeLoop if config.engine == "native" else MjxLoop
+    return kind(config.collect, learner, Tasks(), config.seed, state), state
+
+
+def timed_engine(config: Config, init: Checkpoint | None, teachers: list[Checkpoint], stop: StopSignal) -> Engine:
+    """The engine that is faster with the run's own settings; a signal ends the process."""
+    try:
+        with stop.interrupting():
+            return faster(lambda engine: new_loop(replace(config, engine=engine), init, teachers))
+    except Stopped:
+        print(f"{stop.name}: nothing was learned yet", flush=True)
+        raise SystemExit(stop.status) from None
+
+
 class Pretraining:
     """What pre-training brings to its run: the learner, its lanes, and their state (`store.run.Stage`)."""
 
     def __init__(self, config: Config, run: Run, init: Checkpoint | None, teachers: list[Checkpoint]):
         self.config, self.run = config, run
-        learner = Sac(config.sac, sac.teachers_from([teacher.arrays for teacher in teachers]) if teachers else None)
-        self.learner_state = learner.init(jax.random.key(config.seed))
-        if init is not None:
-            self.learner_state = sac.warm_start(self.learner_state, init.arrays)
-        loop = NativeLoop if config.engine == "native" else MjxLoop
-        self.loop = loop(config.collect, learner, Tasks(), config.seed, self.learner_state)
+        self.loop, self.learner_state = new_loop(config, init, teachers)
         self.statistics = Statistics()
         self.learn_from = config.collect.learning_starts  # no update before this step
         self.learned: dict[str, jax.Array] = {}
@@ -289,6 +325,7 @@ class Pretraining:
 @guarded("out")
 def main(config: Config) -> Path:
     """Train; returns the checkpoint directory."""
+    config = known_engine(config)
     check(config)
     init = None if config.init is None else checkpoints.load(config.init, ("pretrained",))
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
@@ -299,13 +336,13 @@ def main(config: Config) -> Path:
         print(config.out)
         return config.out
     goes_on = run.goes_on(config.resume)
-    if config.engine == "mjx":
+    if config.engine != "native":
         keep_programs(Path(config.out).with_name("compiled"))
-    with (
-        StopSignal() as stop,
-        jax_as_trained(),
-        contextlib.closing(Pretraining(config, run, init, teachers)) as stage,
-    ):
+    with StopSignal() as stop, jax_as_trained(), contextlib.ExitStack() as closed:
+        if config.engine == "auto":
+            config = replace(config, engine=timed_engine(config, init, teachers, stop))
+            run.settings["engine"] = config.engine
+        stage = closed.enter_context(contextlib.closing(Pretraining(config, run, init, teachers)))
         if goes_on:
             run.restore(stage)
             how = "exactly where it was" if config.resume_buffer == "saved" else "with a new replay buffer"

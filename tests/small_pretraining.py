@@ -9,8 +9,10 @@ import train_mjx_sac as train
 from booster_soccer.agents.sac import SacConfig
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.tasks import StartMix
-from booster_soccer.rollout.collect import CollectConfig, MjxLoop
+from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
+from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, Lanes, MjxLoop
 from booster_soccer.rollout.judge import Scores
+from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import RecordConfig
 
 LANES, CALL = 6, MjxLoop.ITERATIONS_PER_CALL
@@ -35,3 +37,26 @@ def config(out: Path, **changes) -> train.Config:
 def no_judge(*_) -> Scores:
     """Stands for the judge, which takes seconds: every score is 0."""
     return Scores(*np.zeros((4, c.NUM_TASKS, 2)))
+
+
+class Still:
+    """A loop that collects nothing; from its tenth iteration on, what it learned is NaN."""
+
+    ITERATIONS_PER_CALL, NAN_FROM = 1, 10
+
+    def __init__(self, *_):
+        self.lanes = Lanes(None, np.zeros((LANES, CRITIC_OBS_SIZE), np.float32), None)
+        self.replay, self.count = Replay(LANES, ROW_SHAPES), 0
+
+    def iterate(self, state, learn, statistics):
+        self.count += 1
+        return state, {"critic_loss": np.float32(1.0 if self.count < self.NAN_FROM else np.nan)}
+
+    def begin(self, state, count):
+        self.count, self.log_alpha = count, float(state.log_alpha)
+
+    def arrays(self):
+        return {"count": np.array(self.count)}
+
+    def close(self):
+        pass

@@ -16,13 +16,11 @@ from booster_soccer.envs import constants as c
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.observation import OBS_SIZE, SLICES
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
-from booster_soccer.rollout.collect import ROW_SHAPES, Lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.checkpoints import Checkpoint
-from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Run
 from tests import metric_names
-from tests.small_pretraining import CALL, COLLECT, LANES, LEARNER, RECORDS, config, no_judge
+from tests.small_pretraining import CALL, COLLECT, LANES, LEARNER, RECORDS, Still, config, no_judge
 
 # --- the learner ------------------------------------------------------------------------------------------
 
@@ -253,29 +251,6 @@ def test_the_best_and_the_last_policy_are_compared_on_other_starts(tmp_path, mon
     metrics = checkpoints.load(train.main(often)).manifest["metrics"]
     assert metrics["best_step"] == chosen and metrics["best_score"] == pytest.approx(max(other_starts))
     assert len(seeds) == 7 and seeds[0] == seeds[4] and not set(seeds[5]) & set(seeds[0])
-
-
-class Still:
-    """A loop that collects nothing; from its tenth iteration on, what it learned is NaN."""
-
-    ITERATIONS_PER_CALL, NAN_FROM = 1, 10
-
-    def __init__(self, *_):
-        self.lanes = Lanes(None, np.zeros((LANES, CRITIC_OBS_SIZE), np.float32), None)
-        self.replay, self.count = Replay(LANES, ROW_SHAPES), 0
-
-    def iterate(self, state, learn, statistics):
-        self.count += 1
-        return state, {"critic_loss": np.float32(1.0 if self.count < self.NAN_FROM else np.nan)}
-
-    def begin(self, state, count):
-        self.count, self.log_alpha = count, float(state.log_alpha)
-
-    def arrays(self):
-        return {"count": np.array(self.count)}
-
-    def close(self):
-        pass
 
 
 def test_with_a_new_buffer_all_but_the_buffer_comes_back(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from booster_soccer.arrays import check_like, named
 from booster_soccer.errors import More, UserError
-from booster_soccer.store import checkpoints
+from booster_soccer.store import checkpoints, manifests
 from booster_soccer.store.atomic import OTHER_PLACE, beside, os_errors
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
 from booster_soccer.store.manifests import MANIFEST, finite, plain
@@ -342,6 +342,14 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         by_name |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return by_name
+
+
+def recorded(out: Path, name: str) -> Any:
+    """A setting, by dotted name, of the run at `out`: of its result, or its newest readable state; None without."""
+    for place in (out, *places(beside(out, "resume"))):
+        with contextlib.suppress(UserError):
+            return flat(manifests.read(place)[0]["config"]).get(name)
+    return None
 
 
 # --- records ------------------------------------------------------------------------------------------------
