@@ -60,6 +60,12 @@ def test_normalizer_gives_mean_and_variance():
     np.testing.assert_allclose(constant.std, 0.05)
 
 
+def test_a_fresh_learner_has_the_types_of_one_that_has_learned():
+    """A weak type would make a run's first call another program than all that follow: MJX's is compiled for minutes."""
+    state = Sac(SacConfig()).init(jax.random.key(0))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state._replace(key=None)))
+
+
 def test_bandit_actor_finds_the_best_action():
     """One-step episodes with reward -|a - 0.5|^2: the mean action goes to 0.5 and Q to zero."""
     learner = Sac(SacConfig(learning_rate=(1e-3, 1e-3), mirror=False))

@@ -153,7 +153,7 @@ class Normalizer(NamedTuple):
     @classmethod
     def create(cls) -> "Normalizer":
         """Zero mean, unit variance, almost no weight."""
-        return cls(jnp.array(1e-2), jnp.zeros(OBS_SIZE), jnp.full(OBS_SIZE, 1e-2))
+        return cls(jnp.float32(1e-2), jnp.zeros(OBS_SIZE), jnp.full(OBS_SIZE, 1e-2, jnp.float32))
 
     @property
     def std(self) -> jax.Array:
