@@ -94,16 +94,16 @@ class Config:
     time_limit_s: float = 0.0  # end, as if finished, after this much wall time; 0: no limit
 
 
-# One recipe at four sizes: as many samples per transition, the ramp at the same share of the run (`demo` ends before).
-# Measured: `cpu`, and `l4` on an H100 (docs/results.md); `h200` has not been measured.
+# One recipe at four sizes: a gradient step of 512 for every 32 transitions, the ramp at the same share of the run
+# (`demo` ends before). Half as many steps of twice the batch learn more slowly (docs/experiments.md, la and lb).
+# Measured: `cpu`, and `l4` on an H100 with those larger steps (docs/results.md); `h200` has not been measured.
 _CPU = Config(out=Path("runs/cpu/pretrain"), preset="cpu", engine="native", total_steps=10_000_000)
 _L4 = Config(
     out=Path("runs/l4/pretrain"),
     preset="l4",
     engine="mjx",
     total_steps=10_000_000,
-    collect=CollectConfig(num_envs=2048, batch_size=1024, updates_per_iteration=32, buffer_size=1_024_000,
-                          learning_starts=81_920),
+    collect=CollectConfig(num_envs=2048, updates_per_iteration=64, buffer_size=1_024_000, learning_starts=81_920),
     # A judgement took 12 s on the H100's machine, during which the GPU waits.
     records=RecordConfig(log_every=200_000, judge_every=2_000_000, video_every_s=600.0),
     resume_buffer="refill",
@@ -115,8 +115,8 @@ PRESETS = {
     "l4": _L4,
     "h200": replace(
         _L4, out=Path("runs/h200/pretrain"), preset="h200", total_steps=20_000_000,
-        collect=replace(_L4.collect, num_envs=4096, batch_size=2048, buffer_size=2_048_000, learning_starts=163_840,
-                        ramp_steps=(8_000_000, 20_000_000)),
+        collect=replace(_L4.collect, num_envs=4096, updates_per_iteration=128, buffer_size=2_048_000,
+                        learning_starts=163_840, ramp_steps=(8_000_000, 20_000_000)),
         records=replace(_L4.records, log_every=400_000, judge_every=4_000_000)),
 }  # fmt: skip
 

@@ -10,9 +10,9 @@ WHOLE = ("cpu", "l4", "h200")  # demo ends before the ramp begins: its policy ha
 
 
 @pytest.mark.parametrize("preset", SIZES)
-def test_samples_per_transition(preset):
+def test_gradient_steps_per_transition(preset):
     collect = train_mjx_sac.PRESETS[preset].collect
-    assert collect.updates_per_iteration * collect.batch_size / collect.num_envs == 16
+    assert (collect.updates_per_iteration / collect.num_envs, collect.batch_size) == (1 / 32, 512)  # 16 samples
 
 
 @pytest.mark.parametrize("preset", SIZES)
