@@ -125,7 +125,7 @@ def check(config: Config) -> None:
     """Everything that can be told before anything runs."""
     level(config.collect.dr_level)
     positive = {name: getattr(config.collect, name)
-                for name in ("num_envs", "batch_size", "updates_per_iteration", "max_actions")}  # fmt: skip
+                for name in ("num_envs", "devices", "batch_size", "updates_per_iteration", "max_actions")}  # fmt: skip
     for name, value in (positive | {"total_steps": config.total_steps}).items():
         if value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -146,6 +146,21 @@ def check(config: Config) -> None:
         )
     if platform() == "cpu" and config.engine == "mjx":
         print(f"warning: JAX sees no GPU: {SLOW_ON_A_CPU}; {More.NO_GPU}", file=sys.stderr)
+    if config.collect.devices > 1:
+        check_devices(config)
+
+
+def check_devices(config: Config) -> None:
+    """Whether this machine has the devices, and lanes and batches can be split over them."""
+    devices, there = config.collect.devices, jax.device_count()
+    if config.engine != "mjx":
+        raise UserError(f"--devices {devices} is for MJX, and the engine is {config.engine}: give --engine mjx too")
+    if devices > there:
+        raise UserError(f"--devices {devices}: JAX sees {there} ({jax.default_backend()}): give at most {there}")
+    for name in ("num_envs", "batch_size"):
+        if (size := getattr(config.collect, name)) % devices:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} {size} cannot be split over --devices {devices}: give {option} a multiple of it")
 
 
 def platform() -> str:
@@ -331,7 +346,7 @@ def main(config: Config) -> Path:
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
     parents = ([] if init is None else [init]) + teachers
     steps_before = 0 if init is None else init.manifest["steps"]
-    run = Run(config.out, "pretrained", config, parents, ("init", "teachers", "track"), steps_before)
+    run = Run(config.out, "pretrained", config, parents, ("init", "teachers", "track", "devices"), steps_before)
     if config.resume and run.is_finished():
         print(config.out)
         return config.out

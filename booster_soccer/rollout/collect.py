@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from booster_soccer.agents.sac import Batch, Sac, SacState, between
 from booster_soccer.arrays import check_like, named, restore_rng, rng_array
@@ -38,6 +40,7 @@ class CollectConfig:
     """How transitions are gathered and replayed; one step is one policy action in one lane."""
 
     num_envs: int = 256  # lanes
+    devices: int = 1  # GPUs over which MJX's lanes, buffer and batches are split; a resumed run may have another number
     buffer_size: int = 1_000_000  # transitions: the last tenth of `cpu`, 1 GB
     batch_size: int = 512
     updates_per_iteration: int = 8  # gradient steps per action of all lanes: 16 samples per transition (g4)
@@ -294,7 +297,7 @@ class MjxCarry(NamedTuple):
 
     physics: Any  # MjxState, whose module is slow to import
     lanes: Lanes
-    buffer: Batch  # leading axis = capacity
+    buffer: Batch  # (T, B, ...) of the last T iterations
     count: jax.Array  # () iterations
     first: jax.Array  # () those before the buffer's first row: 0, unless the run went on with a new buffer
 
@@ -305,19 +308,36 @@ class DeviceReplay:
     def __init__(self, buffer: Batch, added: int):
         self._buffer = buffer
         self.added = added
-        self.capacity = len(buffer.reward)
+        self.capacity = buffer.reward.size
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
     def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
         """Rows [first, last), counted since the start."""
-        where = np.arange(first, last) % self.capacity
+        where = np.divmod(np.arange(first, last) % self.capacity, self._buffer.reward.shape[1])
         return {name: np.asarray(values[where]) for name, values in self._buffer._asdict().items()}
 
 
+def sample(config: CollectConfig, buffer: Batch, filled: jax.Array, key: jax.Array) -> Batch:
+    """Batches (updates, batch, ...) of the first `filled` rows (T, B, ...); a device's part is of its own lanes."""
+    devices, lanes = config.devices, config.num_envs // config.devices
+    shape = (config.updates_per_iteration, config.batch_size)
+    index = jax.random.randint(key, shape, 0, filled * lanes).reshape(shape[0], devices, -1)
+
+    def drawn(rows: jax.Array) -> jax.Array:
+        parts = rows.reshape(len(rows), devices, lanes, *rows.shape[2:])
+        of_devices = jax.vmap(lambda part, i: part[jnp.divmod(i, lanes)], in_axes=1, out_axes=1)(parts, index)
+        return of_devices.reshape(*shape, *rows.shape[2:])
+
+    return jax.tree.map(drawn, buffer)
+
+
 class MjxLoop:
-    """Physics, rules, buffer and updates on one device."""
+    """Physics, rules, buffer and updates on GPUs: each has its share of the lanes, their rows and every batch.
+
+    All have the whole learner, and gradients are means over all: one program, which XLA splits (`jax.sharding`).
+    """
 
     ITERATIONS_PER_CALL = 20
 
@@ -327,11 +347,14 @@ class MjxLoop:
         self.config, self.sac = config, sac
         self.engine = MjxEngine(config.num_envs, config.dr_level, seed)
         self.body = Iteration(config, sac, tasks, seed)
-        self.capacity = config.buffer_size - config.buffer_size % config.num_envs
+        self.shape = (config.buffer_size // config.num_envs, config.num_envs)  # of the buffer, (T, B)
         self._sample_key = jax.random.key(seed)
         self._rng = np.random.default_rng(seed)
-        self._flags = jnp.array(False), jnp.array(True)  # on the device already
-        self._run = jax.jit(self._iterations, donate_argnums=(0, 1))
+        mesh = jax.make_mesh((config.devices,), ("lanes",), (AxisType.Auto,), devices=jax.devices()[: config.devices])
+        whole, lanes, rows = (NamedSharding(mesh, spec) for spec in (P(), P("lanes"), P(None, "lanes")))
+        self._places = (whole, MjxCarry(lanes, lanes, rows, whole, whole))  # of the learner and the carry
+        self._flags = jax.device_put((False, True), whole)  # there already
+        self._run = jax.jit(self._iterations, donate_argnums=(0, 1), out_shardings=(*self._places, whole, whole))
         self._begin, self._observe = jax.jit(self._start), jax.jit(self.body.observe)
         self.begin(state, 0)
 
@@ -340,7 +363,8 @@ class MjxLoop:
         physics, task_state, view = self._begin(count)
         seen = self._observe(state, view, task_state, count)
         cuts = jnp.asarray(first_cuts(self.config, self._rng))
-        buffer = Batch(**{name: jnp.zeros((self.capacity, *shape)) for name, shape in ROW_SHAPES.items()})
+        rows = self._places[1].buffer
+        buffer = Batch(**{name: jnp.zeros((*self.shape, *row), device=rows) for name, row in ROW_SHAPES.items()})
         self.carry = MjxCarry(physics, Lanes(task_state, seen, cuts), buffer, jnp.int32(count), jnp.int32(count))
 
     def _start(self, count: jax.Array):
@@ -352,26 +376,21 @@ class MjxLoop:
 
     def _iterate(self, state: SacState, carry: MjxCarry, learn: jax.Array):
         """One action in every lane, and its updates."""
-        config, body, n = self.config, self.body, self.config.num_envs
+        body = self.body
         count = carry.count + 1
         action = body.act(state, carry.lanes, count)
         physics, touched = self.engine.step(carry.physics, joint_target_rad(action))
         before = state  # all noise of an iteration is of one normaliser
         view = self.engine.view(physics, touched)
         state, lanes, done, rows, sums = body.after(before, carry.lanes, view, action, count)
-        buffer = jax.tree.map(
-            lambda b, x: jax.lax.dynamic_update_slice_in_dim(b, x, (carry.count - carry.first) * n % self.capacity, 0),
-            carry.buffer,
-            rows,
-        )
+        row = (carry.count - carry.first) % self.shape[0]
+        buffer = jax.tree.map(lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, row, 0), carry.buffer, rows)
         fresh, task_state, view = self._start(count)
         physics = select_lanes(done, fresh, physics)
         lanes = body.restart(before, lanes, done, task_state, view, count)
 
-        filled = jnp.minimum((count - carry.first) * n, self.capacity)
-        shape = (config.updates_per_iteration, config.batch_size)
-        index = jax.random.randint(jax.random.fold_in(self._sample_key, count), shape, 0, filled)
-        batches, ramp = jax.tree.map(lambda b: b[index], buffer), body.ramp(count)
+        filled, key = jnp.minimum(count - carry.first, self.shape[0]), jax.random.fold_in(self._sample_key, count)
+        batches, ramp = sample(self.config, buffer, filled, key), body.ramp(count)
         # One compiled program for both phases: the physics is most of what there is to compile.
         _, shapes = jax.eval_shape(self.sac.update_many, state, batches, ramp)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -394,7 +413,8 @@ class MjxLoop:
 
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """`ITERATIONS_PER_CALL` actions in every lane, with their updates."""
-        state, self.carry, sums, metrics = self._run(state, self.carry, self._flags[learn])
+        state, carry = jax.device_put((state, self.carry), self._places)  # what is new lies on the first device
+        state, self.carry, sums, metrics = self._run(state, carry, self._flags[learn])
         jax.block_until_ready(metrics)  # a step that is counted is done: for the watchdog, and for a save on SIGTERM
         statistics.add(sums)
         return state, metrics
@@ -413,7 +433,8 @@ class MjxLoop:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
         check_like(arrays, self.arrays(), "the saved state of the lanes")
         saved = {name: jnp.array(values) for name, values in named(arrays, "physics.").items()}
-        buffer = Batch(**{name: jnp.array(rows) for name, rows in replay.arrays.items()})
+        buffer = Batch(**{name: jnp.array(rows.reshape(*self.shape, *ROW_SHAPES[name]))
+                          for name, rows in replay.arrays.items()})  # fmt: skip
         count = jnp.asarray(arrays["count"])
         physics = self.carry.physics._replace(**saved)
         self.carry = MjxCarry(physics, lanes_from(arrays), buffer, count, jnp.zeros_like(count))
