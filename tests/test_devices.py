@@ -17,7 +17,7 @@ import pytest
 import train_mjx_sac as train
 from booster_soccer.agents.sac import Batch
 from booster_soccer.errors import UserError
-from booster_soccer.rollout.collect import CollectConfig, sample
+from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, sample
 from tests.small_pretraining import COLLECT, config
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ _FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_co
 def numbered(rows: int) -> Batch:
     """A buffer (T, 8) whose rewards are the numbers of its rows."""
     number = jnp.arange(rows * 8, dtype=jnp.float32).reshape(rows, 8)
-    return Batch(number[..., None] * jnp.ones(109), number[..., None] * jnp.ones(12), number, number, number)
+    return Batch(**{name: jnp.multiply.outer(number, jnp.ones(shape)) for name, shape in ROW_SHAPES.items()})
 
 
 def test_one_device_draws_among_all_rows():
@@ -36,7 +36,7 @@ def test_one_device_draws_among_all_rows():
     drawn = sample(SMALL, numbered(10), jnp.int32(4), key)
     expected = jax.random.randint(key, (5, 6), 0, 4 * 8)
     np.testing.assert_array_equal(drawn.reward, expected)
-    np.testing.assert_array_equal(drawn.critic_obs, np.repeat(expected[..., None], 109, axis=-1))
+    np.testing.assert_array_equal(drawn.critic_obs, np.broadcast_to(expected[..., None], drawn.critic_obs.shape))
 
 
 def test_each_device_draws_from_its_own_lanes():

@@ -11,7 +11,8 @@ from booster_soccer.rollout.collect import MjxLoop, NativeLoop, Statistics
 
 Engine = Literal["native", "mjx"]
 ENGINES: tuple[Engine, ...] = ("native", "mjx")
-SLOW_ON_A_CPU = "MJX is some 40 times slower than --engine native here"
+# P1 against P2 of docs/performance.md, after a minute of compiling.
+SLOW_ON_A_CPU = "MJX is some eight times slower than --engine native here"
 
 # Of every lane, before the clock starts: programs are compiled, and some lanes have started again.
 _WARM_ACTIONS = 40
