@@ -68,7 +68,7 @@ drills: export BOOSTER_TRACK = none
 drills: setup
 	$(BIN)/python -m tests.long.fuzz
 	$(BIN)/python -m pytest -s -rs tests/long/full_disk.py tests/long/secrets_search.py tests/long/trackers.py \
-		tests/long/mjx_devices.py
+		tests/long/mjx_devices.py tests/long/mjx_lanes.py
 	$(BIN)/python -m tests.long.kill_resume
 	$(BIN)/python -m tests.long.kill_resume --stages mjx --trials 8
 	$(BIN)/python -m tests.long.cloud_jobs

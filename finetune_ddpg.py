@@ -64,6 +64,7 @@ from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State, of_training
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.store.watchdog import LONG_S, Watchdog
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 from booster_soccer.tracking.video import Films
@@ -425,11 +426,11 @@ def main(config: Config) -> Path:
             with Recorder(run.out, run.stage, config, parents, goes_on, watch_gpu=True) as recorder:
                 run.watch, stage.films.taken = recorder.at, recorder.artifact
                 if not goes_on:
-                    with stop.interrupting():
+                    with Watchdog("the critics' warm-up", LONG_S), stop.interrupting():
                         stage.warm_up()
                     run.save(stage)  # the warm-up is long
                 run.train(stage, config.total_steps, stop)
-                with stop.interrupting():
+                with Watchdog("the comparison at the end", LONG_S), stop.interrupting():
                     chosen, verdict = stage.choose()
                 verdict |= {"finetune_steps": run.steps}
                 path = run.finish(chosen, stage.golden_obs(), verdict)

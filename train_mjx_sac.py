@@ -60,6 +60,7 @@ from booster_soccer.store.entry import guarded
 from booster_soccer.store.replay import Replay
 from booster_soccer.store.run import Candidate, RecordConfig, Run, State, recorded
 from booster_soccer.store.signals import Stopped, StopSignal
+from booster_soccer.store.watchdog import LONG_S, Watchdog
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig, score_columns
 from booster_soccer.tracking.video import Films
@@ -223,7 +224,7 @@ def new_loop(
 def timed_engine(config: Config, init: Checkpoint | None, teachers: list[Checkpoint], stop: StopSignal) -> Engine:
     """The engine that is faster with the run's own settings; a signal ends the process."""
     try:
-        with stop.interrupting():
+        with Watchdog("the timing of both engines", LONG_S), stop.interrupting():
             return faster(lambda engine: new_loop(replace(config, engine=engine), init, teachers))
     except Stopped:
         print(f"{stop.name}: nothing was learned yet", flush=True)
@@ -371,7 +372,7 @@ def main(config: Config) -> Path:
             run.watch, stage.films.taken = recorder.at, recorder.artifact
             run.train(stage, config.total_steps, stop, config.time_limit_s)
             try:
-                with stop.interrupting():
+                with Watchdog("the comparison at the end", LONG_S), stop.interrupting():
                     best = stage.choose()
             except Stopped:
                 print(f"{stop.name}: --resume goes on from step {run.last['save']:,}", flush=True)

@@ -220,6 +220,29 @@ def test_it_learns_when_told_to_and_only_then(loops, engine):
     assert [program._cache_size() for program in programs] == [1] * len(programs)  # compiled once
 
 
+def test_overlapping_updates_draw_from_the_rows_before_this_action_and_repeat(loops, monkeypatch):
+    """One action's lag, whatever the device is busy with: the same bits twice; the first action has nothing to draw."""
+    loop, ends, drawn = loops["native"].loop, [], []
+    monkeypatch.setattr(loop, "overlaps", True)
+    sample = loop._sample
+
+    def counted() -> Batch:
+        drawn.append(loop.replay.added)
+        return sample()
+
+    monkeypatch.setattr(loop, "_sample", counted)
+    for _ in range(2):
+        state, _ = loops["native"].run(loops["native"].begin(), CALL, learn=True)
+        ends.append((sac.state_arrays(state), loop.arrays(), loops["native"].rows()._asdict()))
+    assert drawn[:CALL] == [LANES] + [n * LANES for n in range(1, CALL)] and drawn[CALL:] == drawn[:CALL]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    monkeypatch.setattr(loop, "overlaps", False)
+    drawn.clear()
+    state, _ = loops["native"].run(loops["native"].begin(), CALL, learn=True)
+    assert drawn == [n * LANES for n in range(1, CALL + 1)]
+    assert np.any(sac.state_arrays(state)["leaf_001"] != ends[0][0]["leaf_001"])
+
+
 @both
 def test_a_broken_lane_costs_a_fall_and_starts_anew(loops, engine):
     """The fall's penalty is that of the ramp: a tenth in the first call, all of it in the second."""

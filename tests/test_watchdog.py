@@ -40,3 +40,20 @@ def test_an_iteration_that_hangs_ends_the_run(tmp_path):
 def test_a_judgement_that_hangs_ends_the_run_too(tmp_path):
     status, said = run(tmp_path, "judge_24", iteration_s=10.0, slow_s=1.0)
     assert status == STALLED and "what is due at step 24" in said[-1]
+
+
+def test_what_comes_before_and_after_the_iterations_is_watched_too():
+    """The timing of the engines, here; the warm-up and the comparison at the end in the same way."""
+    code = """
+import time
+import train_mjx_sac as train
+from booster_soccer.store import watchdog
+from booster_soccer.store.signals import StopSignal
+watchdog._TICK_S, train.LONG_S = 0.02, 0.5
+train.faster = lambda begin: time.sleep(40)
+with StopSignal() as stop:
+    train.timed_engine(train.PRESETS["l4"], None, [], stop)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == STALLED
+    assert "the timing of both engines did not end within 0.5 s" in done.stderr.splitlines()[-1]

@@ -217,7 +217,10 @@ def lanes_from(arrays: dict[str, np.ndarray]) -> Lanes:
 
 
 class NativeLoop:
-    """Collection on native MuJoCo threads and updates in XLA, in turn; the buffer lies in host memory."""
+    """Collection on native MuJoCo threads and updates in XLA; the buffer lies in host memory.
+
+    On a CPU in turn: its cores are full. A GPU gets an iteration's updates before the physics begin, always of the rows
+    up to the action before, so that a run stays reproducible."""
 
     ITERATIONS_PER_CALL = 1
 
@@ -227,6 +230,7 @@ class NativeLoop:
         self.count: int  # iterations
         self.rng = np.random.default_rng(seed)
         body = Iteration(config, sac, tasks, seed)
+        self.overlaps = jax.default_backend() != "cpu"
         self._ramp = jax.jit(body.ramp)
         self._act, self._after = jax.jit(body.act), jax.jit(body.after)
         self._start, self._restart = jax.jit(body.start), jax.jit(body.restart)
@@ -250,7 +254,11 @@ class NativeLoop:
     def iterate(self, state: SacState, learn: bool, statistics: Statistics) -> tuple[SacState, dict]:
         """One action in every lane, and the updates that belong to it."""
         self.count += 1
+        metrics: dict = {}
+        overlaps = self.overlaps and len(self.replay) > 0
         action = np.asarray(self._act(state, self.lanes, self.count))
+        if learn and overlaps:
+            state, metrics = self._update(state, self._sample(), self._ramp(self.count))
         self.engine.step(np.asarray(joint_target_rad(action)))
         before = state  # all noise of an iteration is of one normaliser
         state, self.lanes, done, rows, sums = self._after(before, self.lanes, self.engine.view(), action, self.count)
@@ -261,10 +269,9 @@ class NativeLoop:
             qpos, qvel, task_state = self._start(self.count)
             self.engine.reset(ended, np.asarray(qpos)[ended], np.asarray(qvel)[ended])
             self.lanes = self._restart(before, self.lanes, done, task_state, self.engine.view(), self.count)
-        metrics: dict = {}
-        if learn:
+        if learn and not overlaps:
             state, metrics = self._update(state, self._sample(), self._ramp(self.count))
-            jax.block_until_ready(metrics)  # physics threads and XLA's in turn: at once they fight for the cores
+            jax.block_until_ready(metrics)
         return state, metrics
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
 """A run that does nothing ends by itself, so that a cloud job tries again instead of paying for nothing.
 
 An iteration has five minutes. What takes longer by nature has half an hour: the first iteration, in which programs are
-compiled, a judgement, a save. After that the stacks of all threads and one line go to standard error, and the process
-ends at once with status 75 (`EX_TEMPFAIL`: try again). The last saved state is whole.
+compiled, a judgement, a save. What plays or compiles much more has two hours: the timing of both engines, the critics'
+warm-up, the comparison at the end. After that the stacks of all threads and one line go to standard error, and the
+process ends at once with status 75 (`EX_TEMPFAIL`: try again). The last saved state is whole.
 """
 
 import faulthandler
@@ -15,14 +16,15 @@ from booster_soccer.errors import More
 STALLED = os.EX_TEMPFAIL
 ITERATION_S = 300.0
 SLOW_S = 1800.0
+LONG_S = 7200.0
 _TICK_S = 1.0
 
 
 class Watchdog:
     """A context in which whatever was announced last must end within its limit."""
 
-    def __init__(self):
-        self.expect("the start", SLOW_S)
+    def __init__(self, what: str = "the start", limit_s: float = SLOW_S):
+        self.expect(what, limit_s)
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
