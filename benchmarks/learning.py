@@ -4,8 +4,9 @@
     python -m benchmarks.learning --metrics runs/learning/seed0.metrics.jsonl [MORE ...] [--plot FILE.png]
 
 Input: the metrics of finished or running pre-trainings. Output: a table of the first judgement at or above each score,
-and with `--plot` the learning curves against wall time and steps. Scores are official ones on the twin, always on the
-same starts with joint noise; how often a run judges is the resolution of the answer.
+and with `--plot` the learning curves against wall time and steps, and hits and falls of the target task. Scores are
+official ones on the twin, always on the same starts with joint noise; how often a run judges is the resolution of the
+answer.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from booster_soccer.store.run import read_records
 
 SCORES = (-0.80, 0.0, 4.0, 8.0)
 # Runs are told apart without colour too: (marker, line), as often as there are runs.
-_STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
+_STYLES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("x", "--"), ("+", "-."))
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,33 @@ def print_table(runs: dict[str, list[dict[str, float]]]) -> None:
 
 
 def plot_curves(runs: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Mean score against wall time and against steps, one line a run."""
+    """One line a run: mean score against wall time and steps; hits and falls of the target task against steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
     for number, (name, judgements) in enumerate(runs.items()):
         marker, line = _STYLES[number % len(_STYLES)]
-        scores = [row["eval/score"] for row in judgements]
-        for axis, times in zip(axes, ([row["wall_s"] / 60 for row in judgements],
-                                      [row["step"] / 1e6 for row in judgements]), strict=True):  # fmt: skip
-            axis.plot(times, scores, marker=marker, markersize=4, linestyle=line, label=name)
-    for axis, label in zip(axes, ("wall time, min", "steps, millions"), strict=True):
+        steps = [row["step"] / 1e6 for row in judgements]
+        times = [[row["wall_s"] / 60 for row in judgements], steps, steps, steps]
+        shown = ("eval/score", "eval/score", "eval/success_target", "eval/fell_target")
+        for axis, at, key in zip(axes.flat, times, shown, strict=True):
+            values = [row[key] for row in judgements]
+            axis.plot(at, values, marker=marker, markersize=4, linestyle=line, label=name)
+    for axis, label in zip(axes.flat, ("wall time, min", *["steps, millions"] * 3), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    for axis in axes[0]:
         low, high = axis.get_ylim()
         for score in (score for score in SCORES if low < score < high):  # of the table
             axis.axhline(score, color="grey", linewidth=0.7, linestyle=":")
-    axes[0].set_ylabel("official score on the twin, points")
-    axes[0].legend(fontsize="small")
+    axes[0, 0].set_ylabel("official score on the twin, points")
+    axes[1, 0].set_ylabel("share of target episodes")
+    axes[1, 0].set_title("target task: hits", fontsize="medium")
+    axes[1, 1].set_title("target task: falls", fontsize="medium")
+    axes[0, 0].legend(fontsize="small")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
