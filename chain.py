@@ -51,7 +51,6 @@ SCRIPTS = Path(__file__).parent
 # preset -> episodes per task for every row of the table of scores, and for the proof of the package
 EPISODES = {"demo": 10, "cpu": 100, "l4": 100, "h200": 100}
 PROOF_EPISODES = {"demo": 1, "cpu": 3, "l4": 3, "h200": 3}
-START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
 WIDTH = 110  # of the tables, also where the output is a file
 FILM = Path("evaluations") / "goalie.mp4"  # moved away with the scores of a policy that is replaced
 _POLL_S = 0.1
@@ -95,7 +94,7 @@ def evaluations(out: Path) -> list[Evaluation]:
 
 def film(config: Config, out: Path) -> list[str]:
     """The command that films a penalty of the result; where the machine cannot draw, it says so and goes on."""
-    policy = ["--checkpoint", str(out / "finetuned"), "--backend", "twin", "--start-noise", str(START_NOISE_RAD)]
+    policy = ["--checkpoint", str(out / "finetuned"), "--backend", "twin", "--start-noise", str(c.START_NOISE_RAD)]
     return ["evaluate.py", *policy, "--only", f"goalie:{config.seed}", "--video", str(out / FILM)]
 
 
@@ -108,7 +107,7 @@ def stages(config: Config, out: Path) -> dict[str, list[list[str]]]:
     if config.pretrain_steps is not None:
         pretrain += ["--total-steps", str(config.pretrain_steps)]
     gates = ["gates.py", "--pretrained", pretrained, "--converted", converted, *seed]
-    scores = ["--episodes", str(EPISODES[config.preset]), "--start-noise", str(START_NOISE_RAD)]
+    scores = ["--episodes", str(EPISODES[config.preset]), "--start-noise", str(c.START_NOISE_RAD)]
     commands = {
         "pretrain": [pretrain],
         "convert": [["convert_jax2torch.py", "--checkpoint", pretrained, "--out", converted, *seed]],
@@ -182,7 +181,7 @@ def _number(value: Any) -> float:
 
 def print_results(config: Config, scores: list[dict[str, Any]], seconds: dict[str, float]) -> None:
     """The tables of scores and of wall time."""
-    title = f"Official score, {EPISODES[config.preset]} episodes a task, joint noise {START_NOISE_RAD} rad"
+    title = f"Official score, {EPISODES[config.preset]} episodes a task, joint noise {c.START_NOISE_RAD} rad"
     table = Table(title=f"{title}, seed {config.seed}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("policy", "played in"):
         table.add_column(name, no_wrap=True)
@@ -206,7 +205,7 @@ def tracked(config: Config, out: Path, summary: dict[str, Any]) -> Result:
     """What trackers and the table of runs get to know of a chain, its page among it."""
     fine_tuned = next(row for row in summary["scores"] if row["policy"] == "fine-tuned")
     means = {task: fine_tuned[task] for task in c.TASKS}
-    judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], START_NOISE_RAD)
+    judged = score_columns(means, fine_tuned["backend"], EPISODES[config.preset], c.START_NOISE_RAD)
     seconds = {f"chain/seconds_{stage}": value for stage, value in summary["seconds"].items()}
     return Result(seconds, [out / "summary.json", *stage_pages.of_chain(out)], row=judged)
 

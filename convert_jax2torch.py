@@ -51,7 +51,6 @@ from booster_soccer.store.places import check_output_dir
 from booster_soccer.tracking import stage_pages
 from booster_soccer.tracking.record import Recorder, Result, TrackConfig
 
-_START_NOISE_RAD = 0.02  # so that the deterministic goalie start gives more than one trajectory
 _DRAWS_PER_REAL = 0.5  # drawn observations beside the real ones
 
 
@@ -96,7 +95,7 @@ def observations(config: Config, checkpoint: checkpoints.Checkpoint) -> dict[str
     groups = {"golden": checkpoint.golden_obs}
     if config.real_observations:
         policy = policy_from_arrays(checkpoint.arrays)
-        groups["real"] = met_observations(policy, config.real_observations, config.seed, _START_NOISE_RAD)
+        groups["real"] = met_observations(policy, config.real_observations, config.seed, c.START_NOISE_RAD)
         rng = np.random.default_rng(config.seed)
         noise = rng.standard_normal((int(_DRAWS_PER_REAL * len(groups["real"])), OBS_SIZE))
         drawn = checkpoint.arrays["normalizer.mean"] + checkpoint.arrays["normalizer.std"] * noise

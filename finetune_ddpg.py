@@ -53,7 +53,7 @@ from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.dense import DenseWeights
-from booster_soccer.rollout.judge import START_NOISE_RAD, Scores, best_or_last, gain, judge
+from booster_soccer.rollout.judge import Scores, best_or_last, gain, judge
 from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.rounds import Round, Statistics, explained_variance
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
@@ -84,7 +84,7 @@ class Config:
     preset: str  # demo, cpu, l4, h200 or scratch
     checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
     from_scratch: bool = False  # start from random networks instead: the preset scratch
-    total_steps: int = 3_000_000
+    total_steps: int = 3_000_000  # without the warm-up; the reward goes over to the official score along them
     num_lanes: int = 192  # a multiple of three; with the official backend each is a process
     round_actions: int = 80  # of each lane between two updates of the learner
     warmup_rounds: int = 10  # of the frozen policy at most, for the critics; 0: they stay as they came
@@ -95,12 +95,11 @@ class Config:
     validation_episodes: int = 40  # per task, the same for the start and every candidate
     confirmation_episodes: int = 100  # per task, in the official environments, on other seeds
     dense_scale: float = 0.1  # of the dense reward, where a kick pays twice its points and a fall costs ten
-    start_noise: float = START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
+    start_noise: float = c.START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
     backend: Literal["twin", "official"] = "twin"  # what trains; the same numbers, the twin about ten times faster
-    device: Literal["auto", "cpu", "cuda"] = (
-        "auto"  # auto: the GPU where there is one; only the CPU repeats bit for bit
-    )
-    seed: int = 0
+    # auto: the GPU where there is one; only the CPU repeats bit for bit
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0  # of starts and noise, and of networks from scratch
     resume: bool = False  # go on from <out>.resume, if it is there
 
 

@@ -72,7 +72,7 @@ class Config:
     seed: int = 0  # master seed of the official starts and of the turns
     states: int = 120  # official states per task for the comparisons, at least 100; half as many turned ones
     episodes: int = 10  # per task, policy and round, for actions and score along the trajectory
-    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+    start_noise: float = c.START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
     behaviour_episodes: int = 40  # per task and side, for gate 3
     backend: Literal["official", "twin"] = "twin"  # where the official side of gates 2 and 3 is played
     tracking: TrackConfig = TrackConfig()

@@ -48,8 +48,8 @@ class Config:
     policy: Literal["zero", "hold", "random"] | None = None  # zero torque, the default pose, or actions at random
     task: c.Task = "goalie"  # to begin with
     seed: int = 0  # of the first episode; the next ones count on
-    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
-    port: int = 8080
+    start_noise: float = c.START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
+    port: int = 8080  # of the page
     host: str = "127.0.0.1"  # 0.0.0.0 lets other machines look
     seconds: float = 0.0  # end after this much wall time; 0: never
 

@@ -52,7 +52,7 @@ from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, MjxLoop, NativeLoop, Statistics
 from booster_soccer.rollout.engines import ENGINES, SLOW_ON_A_CPU, Engine, faster
-from booster_soccer.rollout.judge import START_NOISE_RAD, best_or_last, judge
+from booster_soccer.rollout.judge import best_or_last, judge
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
 from booster_soccer.store.checkpoints import Checkpoint, WrongRun
@@ -85,7 +85,7 @@ class Config:
     records: RecordConfig = RecordConfig()
     tracking: TrackConfig = TrackConfig()
     judge_episodes: int = 32  # per task
-    seed: int = 0
+    seed: int = 0  # of networks, starts and noise
     resume: bool = False  # go on from <out>.resume, if it is there
     # Whether the buffer and the lanes are saved too, or start afresh with the restored policy: a GPU's buffer is
     # gigabytes, filled again in seconds.
@@ -380,7 +380,7 @@ def main(config: Config) -> Path:
             metrics = {"best_score": float(best.scores.mean()), "best_step": best.steps, "steps": run.steps}
             scores = dict(zip(c.TASKS, best.scores.mean(axis=1).tolist()))
             path = run.finish(best, stage.golden_obs(), metrics | {"scores": scores})
-            judged = score_columns(scores, "twin", best.scores.shape[1], START_NOISE_RAD)
+            judged = score_columns(scores, "twin", best.scores.shape[1], c.START_NOISE_RAD)
             files = [path, *stage_pages.of_run(path)]
             recorder.result(Result({"result/step": best.steps}, files, checkpoints.load(path), judged))
         return path

@@ -23,7 +23,6 @@ from booster_soccer.agents.policy import policy_from_arrays
 from booster_soccer.envs import constants as c
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.rewards.dense import DenseWeights
-from booster_soccer.rollout.judge import START_NOISE_RAD
 from booster_soccer.rollout.lanes import Lanes, SceneLanes, TwinLanes
 from booster_soccer.rollout.play import episode_seed
 from booster_soccer.rollout.shaping import DenseLanes
@@ -45,7 +44,7 @@ def returns_and_values(lanes: Lanes, arrays: dict, config: Config) -> tuple[np.n
     policy, critics = policy_from_arrays(arrays), critics_from_arrays(arrays, "critic")
     count = len(lanes.tasks)
     tasks = np.array([c.TASKS.index(task) for task in lanes.tasks])
-    lanes.reset(range(count), [episode_seed(config.seed, lane) for lane in range(count)], START_NOISE_RAD)
+    lanes.reset(range(count), [episode_seed(config.seed, lane) for lane in range(count)], c.START_NOISE_RAD)
     shaping, alive = DenseLanes(count, DenseWeights()), np.ones(count, bool)
     critic_obs = shaping.start(lanes.observe(), lanes.situation(), alive)
     rewards, values, played = [], [], []

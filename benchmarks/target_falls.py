@@ -35,7 +35,7 @@ class Config:
     checkpoint: Path = Path("assets/policies/final")
     episodes: int = 150
     seed: int = 0  # master seed, as of evaluate.py
-    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+    start_noise: float = c.START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
 
 
 def shown_ahead(obs: np.ndarray, chases: np.ndarray) -> np.ndarray:

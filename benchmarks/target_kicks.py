@@ -39,7 +39,7 @@ class Config:
     checkpoint: Path = Path("assets/policies/final")
     episodes: int = 100
     seed: int = 0  # master seed, as of evaluate.py
-    start_noise: float = 0.02  # standard deviation of the noise on each joint's start position, rad
+    start_noise: float = c.START_NOISE_RAD  # standard deviation of the noise on each joint's start position, rad
 
 
 def _angle_deg(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -155,6 +155,8 @@ def test_help_of_a_training_script_shows_what_it_does_and_every_default(script, 
     description, options = shown.split("-h, --help")
     assert " ".join(module.__doc__.split()) in description
     for name, value in leaves(module.PRESETS[preset]).items():
-        default = re.search(rf"--{name}[, ].*?\(default: ?(.*?)\)", options)
+        default = re.search(rf"--{name}[, ](.*?)\(default: ?(.*?)\)", options)
         words = value if isinstance(value, tuple) else (value,)
-        assert default and default[1] == " ".join(map(str, words)), name
+        assert default and default[2] == " ".join(map(str, words)), name
+        meaning = re.sub(r"--no-\S+|\{.*?\}|\[.*?\]|\b[A-Z]+\b", " ", default[1])
+        assert re.search(r"[a-z]{2}", meaning), f"--{name} says nothing"

@@ -56,3 +56,15 @@ def test_pytorch_stages_and_their_workers_never_import_jax():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_files_and_functions_stay_short_enough_to_read():
+    """Habits: a file has at most 450 lines, a function at most 60."""
+    places = (".", "booster_soccer", "booster_soccer/*", "benchmarks", "cloud")
+    sources = {path: path.read_text() for place in places for path in ROOT.glob(f"{place}/*.py")}
+    assert len(sources) > 100
+    long = [str(path) for path, source in sources.items() if source.count("\n") > 450]
+    for path, source in sources.items():
+        functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+        long += [f"{path}:{node.name}" for node in functions if node.end_lineno - node.lineno + 1 > 60]
+    assert long == []

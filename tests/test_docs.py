@@ -123,3 +123,11 @@ def test_every_script_of_a_command_exists(document):
         path = ROOT / (script or module.replace(".", "/") + ".py")
         is_ours = bool(script) or module.split(".")[0] in ("benchmarks", "booster_soccer", "cloud", "tests")
         assert path.exists() or not is_ours or module.endswith("NAME"), f"{document.name}: {path.name}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-TW.md"])
+def test_what_the_readme_says_lies_in_assets_is_there(name):
+    """The table names runs, not paths: their states and metrics, and nothing else, lie in `assets/training`."""
+    (row,) = (line for line in (ROOT / name).read_text().splitlines() if line.startswith("| `assets/training/`"))
+    there = {path.name.split(".")[0] for path in (ROOT / "assets/training").iterdir()}
+    assert there == set(re.findall(r"(?<![A-Za-z`])[a-z]\d(?!\d)", row))

@@ -1,7 +1,9 @@
 """A user's mistake is one line on stderr and exit status 2; a bug keeps its traceback."""
 
+import contextlib
 import dataclasses
 import errno
+import io
 
 import pytest
 
@@ -77,3 +79,11 @@ def test_result_and_other_exceptions_pass_through():
 def test_a_message_that_quotes_half_a_character_can_be_printed():
     error = errors.UserError("the file names preset = \ud800: name another")
     assert str(error).encode() == b"the file names preset = \\ud800: name another"
+
+
+def test_a_notebook_shows_the_same_line():
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    code = "from booster_soccer.errors import UserError\nraise UserError('no such preset: choose demo')"
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        shell.run_cell(code)
+    assert shown.getvalue() == "error: no such preset: choose demo\n"

@@ -108,6 +108,7 @@ def test_our_scene_starts_where_the_official_environments_do_and_tells_of_the_ba
     lanes, episodes = SceneLanes(c.NUM_TASKS), [Episode(task, seed) for seed in (4, 5) for task in c.TASKS]
     lanes.reset(range(c.NUM_TASKS), c.NUM_TASKS * [4], 0.02)
     now, first = lanes.look(), lanes.observe()
+    np.testing.assert_array_equal(first[:, SLICES["task_one_hot"]], np.eye(c.NUM_TASKS))
     for lane, task in enumerate(c.TASKS):
         of_task = OfficialLanes(task)
         of_task.reset([0], [4], 0.02)

@@ -15,6 +15,13 @@ def test_gradient_steps_per_transition(preset):
     assert (collect.updates_per_iteration / collect.num_envs, collect.batch_size) == (1 / 32, 512)  # 16 samples
 
 
+def test_engines_and_lanes_are_those_that_were_measured():
+    """`h200` is twice `l4` (docs/results.md); none leaves the choice to what it finds."""
+    found = {name: (preset.engine, preset.collect.num_envs) for name, preset in train_mjx_sac.PRESETS.items()}
+    native, mjx = ("native", 256), ("mjx", 2048)
+    assert found == {"demo": native, "cpu": native, "l4": mjx, "h200": ("mjx", 4096)}
+
+
 @pytest.mark.parametrize("preset", SIZES)
 def test_the_learners_are_the_same(preset):
     assert train_mjx_sac.PRESETS[preset].sac == train_mjx_sac.PRESETS["cpu"].sac

@@ -44,8 +44,8 @@ class DdpgConfig:
     discount: float = 0.995  # a score two seconds away counts 61 %
     trace_decay: float = 0.95  # lambda: how far returns trust what followed rather than the critics
     epochs: int = 4  # passes over a round
-    batch_size: int = 2048
-    critic_learning_rate: float = 5e-4
+    batch_size: int = 2048  # actions of a gradient step
+    critic_learning_rate: float = 5e-4  # Adam's
     actor_learning_rate: float = 3e-6  # of the first round; then what gives `kl_per_round`
     kl_per_round: float = 0.006  # how far a round moves the exploring policy; 0: the learning rate stays as it is
     ratio_clip: float = 0.2  # of the likelihood ratio

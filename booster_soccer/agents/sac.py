@@ -37,9 +37,9 @@ _INITIAL_LOG_STD = -1.8
 class SacConfig:
     """The learner. Pairs go from the first to the last value along the ramp; reasons: docs/experiments.md."""
 
-    learning_rate: tuple[float, float] = (3e-4, 1e-4)
+    learning_rate: tuple[float, float] = (3e-4, 1e-4)  # of actor, critics and temperature
     adam_b2: float = 0.95  # this, the next and target_tau: as in the trial that this began with, not varied
-    weight_decay: float = 1e-3
+    weight_decay: float = 1e-3  # AdamW's, of actor and critics
     discount: tuple[float, float] = (0.97, 0.99)  # later it pays to take one's time before a kick
     target_tau: float = 0.01  # of the target critics
     policy_tau: float = 0.0003  # of the average that is judged and shipped: 3,300 gradient steps, 0.1 M of `cpu`

@@ -65,6 +65,10 @@ GYM_ID = {
 # Official site of the window or target; a task without one aims at the goal.
 TARGET_SITE = {"obstacle": "goalarea_site", "target": "target0"}
 
+# Ours: standard deviation of the noise on each joint's start position, where a policy is judged. Officially there is
+# none, and the goalie task is one and the same episode.
+START_NOISE_RAD = 0.02
+
 # Penalty kicks (goalie and obstacle), as played by team 0, the only team of the competition.
 PENALTY_ROBOT_X_M = -6.77
 PENALTY_BALL_X_M = -8.77

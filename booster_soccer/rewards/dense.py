@@ -33,7 +33,7 @@ class DenseWeights:
     dribble: float = 0.1  # per action at 1 m/s of the ball toward the target, new ground only
     follow: float = 0.1  # per action at the kicking position, falling off over a metre; target task only
     face_ball: float = 0.03  # per action, cosine
-    alive: float = 0.05
+    alive: float = 0.05  # per action
     tilt: float = -0.2  # squared horizontal part of gravity in the body
     trunk_angvel: float = -0.005  # squared roll and pitch rate
     torque: float = -0.015  # sum of squared torques over limits

@@ -42,7 +42,7 @@ class CollectConfig:
     num_envs: int = 256  # lanes
     devices: int = 1  # GPUs over which MJX's lanes, buffer and batches are split; a resumed run may have another number
     buffer_size: int = 1_000_000  # transitions: the last tenth of `cpu`, 1 GB
-    batch_size: int = 512
+    batch_size: int = 512  # transitions of a gradient step
     updates_per_iteration: int = 8  # gradient steps per action of all lanes: 16 samples per transition (g4)
     learning_starts: int = 20_000  # steps with the untrained policy before the first update
     # First to walk and shoot, then to aim: pairs go from the first to the last value between these two steps.

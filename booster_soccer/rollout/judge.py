@@ -9,8 +9,6 @@ from booster_soccer.envs import constants as c
 from booster_soccer.rollout.play import Episode, Policy, play_in_workers
 from booster_soccer.store.run import Candidate
 
-START_NOISE_RAD = 0.02  # without noise the goalie task is one and the same episode
-
 
 class Scores(NamedTuple):
     """Official episodes, each (tasks, N) by task and seed."""
@@ -40,7 +38,9 @@ class Scores(NamedTuple):
         return f"{self.mean:+.3f} ({of_tasks})"
 
 
-def judge(policy: Policy, seeds: list[int], start_noise_rad: float = START_NOISE_RAD, backend: str = "twin") -> Scores:
+def judge(
+    policy: Policy, seeds: list[int], start_noise_rad: float = c.START_NOISE_RAD, backend: str = "twin"
+) -> Scores:
     """Play a policy on every seed in every task. An exception in the caller ends the workers at once."""
     episodes = [Episode(task, seed) for task in c.TASKS for seed in seeds]
     results = play_in_workers(backend, policy, episodes, start_noise_rad)

@@ -25,7 +25,6 @@ from PIL import Image, ImageDraw, ImageFont
 from booster_soccer.envs import constants as c
 from booster_soccer.errors import More, UserError, one_line
 from booster_soccer.rewards.official import score_terms
-from booster_soccer.rollout.judge import START_NOISE_RAD
 from booster_soccer.rollout.lanes import TwinLanes
 from booster_soccer.rollout.play import Episode, EpisodeResult, Policy, play
 from booster_soccer.rollout.processes import Workers
@@ -131,7 +130,7 @@ class Films:
         self._last_s = now_s
         file = self._directory / f"{steps:012d}.mp4"
         try:
-            write(file, policy, [Episode(task, seed) for task in c.TASKS], START_NOISE_RAD, f"step {steps:,}")
+            write(file, policy, [Episode(task, seed) for task in c.TASKS], c.START_NOISE_RAD, f"step {steps:,}")
             self.taken(file)
         except (UserError, RuntimeError, OSError) as error:
             print(f"warning: no video of step {steps:,}: {one_line(str(error))}", file=sys.stderr, flush=True)

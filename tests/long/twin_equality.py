@@ -41,7 +41,6 @@ from booster_soccer.store import checkpoints
 
 SOURCES = ("zero", "random", "policy", "launched")
 RELATIVE_TOLERANCE = 1e-9  # for observation and info; reward terms, ends and score must be equal
-START_NOISE_RAD = 0.02  # of every second seed
 
 # A stance and an ankle feedback that stand for seconds (found by random search with the twin).
 _STANCE = {"Hip_Pitch": -0.15, "Hip_Roll": 0.085, "Knee_Pitch": 0.18, "Ankle_Pitch": -0.13, "Ankle_Roll": -0.085}
@@ -162,7 +161,7 @@ def record(env: official.TaskIndex, task: str, source: str, seed: int, max_steps
            checkpoint: Path | None = None) -> Recording:  # fmt: skip
     """Play one official episode with an action source and keep everything it gave."""
     rng = np.random.default_rng([seed, SOURCES.index(source)])
-    noise = START_NOISE_RAD * (seed % 2)
+    noise = c.START_NOISE_RAD * (seed % 2)
     obs, info = official.reset(env, seed, noise)
     model, data = env.unwrapped.sim.model._model, env.unwrapped.sim.data._data
     ball_velocity = data.qvel[scene.official_addresses(model).ball_v][:3]
