@@ -4,7 +4,8 @@
 
 Input: a checkpoint of any stage, played in the twin, twice from the same starts: as it is, and shown a target that
 always lies ahead on the ball's way. Output: falls per second of chase, from half a second before the ball's closest
-pass by the true target to a second after it, and at all other times. The chase begins 0.3 s after the kick.
+pass by the true target to a second after it, and at all other times; and, of the policy as it is, by where the ball was
+0.6 s before: its bearing off the robot's heading, and its distance. The chase begins 0.3 s after the kick.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ _KICK_M_S, _ROLLING_M_S, _SLOWEST_M_S = 0.5, 0.3, 0.2  # ball centre
 _AFTER_KICK_ACTIONS = 15
 _PASS_S = (-1.0, 0.5)  # time to the closest pass; below 0 it is over
 _AHEAD_M = 8.0
+_BEFORE_ACTIONS = 30
+_BEARINGS_DEG = (0.0, 10.0, 20.0, 45.0, 90.0, 180.0)
+_DISTANCES_M = (0.0, 0.6, 1.0, 1.5, 2.5, 40.0)
 
 
 @dataclass(frozen=True)
@@ -51,37 +55,67 @@ def shown_ahead(obs: np.ndarray, chases: np.ndarray) -> np.ndarray:
     return other
 
 
-def falls(policy: Policy, config: Config, ahead: bool) -> np.ndarray:
-    """Falls and seconds of chase, near the pass and elsewhere: (2, 2)."""
+def falls(policy: Policy, config: Config, ahead: bool) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
+    """Falls and seconds of chase: near the pass and elsewhere (2, 2), and (2,) for each place of the ball by name."""
     lanes = TwinLanes("target", config.episodes)
     seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
     lanes.reset(range(config.episodes), seeds, config.start_noise)
     done, kicked_at, counts = np.zeros(config.episodes, bool), np.full(config.episodes, -1), np.zeros((2, 2))
+    places, fallen_at = [], np.full(config.episodes, -1)
     for action in range(c.EPISODE_ACTIONS):
         sight, obs = lanes.look(), lanes.observe()
         velocity = sight.ball.centre_vel_w[:, :2]
         speed = np.linalg.norm(velocity, axis=-1)
         kicked_at[(kicked_at < 0) & (speed > _KICK_M_S)] = action
         chases = (kicked_at >= 0) & (action - kicked_at >= _AFTER_KICK_ACTIONS)
+        ball_m = obs[:, SLICES["ball_pos_rel_robot_h"]][:, :2]
+        bearing_deg = np.abs(np.degrees(np.arctan2(ball_m[:, 1], ball_m[:, 0])))
+        places.append((bearing_deg, np.linalg.norm(ball_m, axis=1), chases & ~done))
         way = (sight.aim_pos_w - sight.ball.centre_pos_w)[:, :2]
         to_pass_s = (way * velocity).sum(-1) / np.maximum(speed, _SLOWEST_M_S) ** 2
         near = (to_pass_s > _PASS_S[0]) & (to_pass_s < _PASS_S[1])
         terminated, truncated = lanes.hold(policy(shown_ahead(obs, chases) if ahead else obs))
         fell = [lane for lane in np.flatnonzero(terminated & ~done & chases) if lanes.outcome(lane).fell]
+        fallen_at[fell] = action
         for row, there in enumerate((near, ~near)):
             counts[row] += there[fell].sum(), c.ACTION_DT_S * (there & chases & ~done).sum()
         done |= terminated | truncated
     lanes.close()
-    return counts
+    return counts, by_place(np.array(places), fallen_at)
+
+
+def by_place(places: np.ndarray, fallen_at: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Falls and seconds (2,) by the ball's bearing and by its distance, from `places` (T, 3, B): both, and chasing.
+
+    A fall counts where the ball was `_BEFORE_ACTIONS` earlier, if the robot was chasing it then.
+    """
+    lanes = np.flatnonzero(fallen_at >= _BEFORE_ACTIONS)
+    then = places[fallen_at[lanes] - _BEFORE_ACTIONS, :, lanes]  # (falls, 3)
+    found = []
+    for column, unit, edges in ((0, "deg off", _BEARINGS_DEG), (1, "m away", _DISTANCES_M)):
+        for low, high in zip(edges, edges[1:]):
+            there = (low <= places[:, column]) & (places[:, column] < high) & (places[:, 2] > 0)
+            mine = (low <= then[:, column]) & (then[:, column] < high) & (then[:, 2] > 0)
+            found.append((f"{low:g} to {high:g} {unit}", np.array([mine.sum(), c.ACTION_DT_S * there.sum()])))
+    return found
+
+
+def said(counts: np.ndarray) -> str:
+    """Falls (), seconds () of `counts` (2,), as a rate."""
+    return f"{counts[0] / counts[1]:.3f} ({counts[0]:.0f} in {counts[1]:.0f} s)" if counts[1] else "never there"
 
 
 def main(config: Config) -> dict[str, np.ndarray]:
     """Play both, print; returns the counts."""
     policy = policy_from_arrays(checkpoints.load(config.checkpoint).arrays)
-    counts = {name: falls(policy, config, ahead) for name, ahead in (("true target", False), ("shown ahead", True))}
-    for name, rows in counts.items():
-        said = (f"{of / s:.3f} ({of:.0f} in {s:.0f} s)" if s else "never there" for of, s in rows)
-        print(f"{name}: falls per second near the pass {next(said)}, elsewhere {next(said)}")
+    counts = {}
+    for name, ahead in (("true target", False), ("shown ahead", True)):
+        counts[name], places = falls(policy, config, ahead)
+        near, elsewhere = (said(row) for row in counts[name])
+        print(f"{name}: falls per second near the pass {near}, elsewhere {elsewhere}")
+        if not ahead:
+            print("\n| ball 0.6 s before | falls per second |\n|---|---|")
+            print("".join(f"| {place} | {said(row)} |\n" for place, row in places))
     return counts
 
 
