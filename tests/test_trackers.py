@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import time
 from pathlib import Path
 
 import mlflow
@@ -219,6 +220,11 @@ def test_a_film_between_numbers_of_one_step_loses_none_of_them(store):
     writer.log([(1000, {"eval/score": 2.0}), (2000, {"train/q": 3.0})])
     writer.finish(END | {"status": "finished"})
     [file] = place.glob("wandb/offline-run-*/*.wandb")
-    points = wandb_file.history(file)
+    # W&B's own process writes its last block when it gets to it; in a stage it ends with the tracker.
+    for _ in range(100):
+        points = wandb_file.history(file)
+        if len(points.get("train/q", [])) > 1:
+            break
+        time.sleep(0.1)
     assert points["train/q"] == [(1000, 1.0), (2000, 3.0)] and points["eval/score"] == [(1000, 2.0)]
     assert {step for name, values in points.items() if name.startswith("video") for step, _ in values} == {1000}
