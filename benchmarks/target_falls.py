@@ -61,7 +61,7 @@ def falls(policy: Policy, config: Config, ahead: bool) -> tuple[np.ndarray, list
     seeds = [official.match_seed(config.seed, i) for i in range(config.episodes)]
     lanes.reset(range(config.episodes), seeds, config.start_noise)
     done, kicked_at, counts = np.zeros(config.episodes, bool), np.full(config.episodes, -1), np.zeros((2, 2))
-    places, fallen_at = [], np.full(config.episodes, -1)
+    bearings_deg, distances_m, chased, fallen_at = [], [], [], np.full(config.episodes, -1)
     for action in range(c.EPISODE_ACTIONS):
         sight, obs = lanes.look(), lanes.observe()
         velocity = sight.ball.centre_vel_w[:, :2]
@@ -69,8 +69,9 @@ def falls(policy: Policy, config: Config, ahead: bool) -> tuple[np.ndarray, list
         kicked_at[(kicked_at < 0) & (speed > _KICK_M_S)] = action
         chases = (kicked_at >= 0) & (action - kicked_at >= _AFTER_KICK_ACTIONS)
         ball_m = obs[:, SLICES["ball_pos_rel_robot_h"]][:, :2]
-        bearing_deg = np.abs(np.degrees(np.arctan2(ball_m[:, 1], ball_m[:, 0])))
-        places.append((bearing_deg, np.linalg.norm(ball_m, axis=1), chases & ~done))
+        bearings_deg.append(np.abs(np.degrees(np.arctan2(ball_m[:, 1], ball_m[:, 0]))))
+        distances_m.append(np.linalg.norm(ball_m, axis=1))
+        chased.append(chases & ~done)
         way = (sight.aim_pos_w - sight.ball.centre_pos_w)[:, :2]
         to_pass_s = (way * velocity).sum(-1) / np.maximum(speed, _SLOWEST_M_S) ** 2
         near = (to_pass_s > _PASS_S[0]) & (to_pass_s < _PASS_S[1])
@@ -81,22 +82,26 @@ def falls(policy: Policy, config: Config, ahead: bool) -> tuple[np.ndarray, list
             counts[row] += there[fell].sum(), c.ACTION_DT_S * (there & chases & ~done).sum()
         done |= terminated | truncated
     lanes.close()
-    return counts, by_place(np.array(places), fallen_at)
+    chased_at = np.array(chased)
+    places = [("deg off", np.array(bearings_deg), _BEARINGS_DEG), ("m away", np.array(distances_m), _DISTANCES_M)]
+    found = [row for place in places for row in by_place(*place, chased_at, fallen_at)]
+    return counts, found
 
 
-def by_place(places: np.ndarray, fallen_at: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Falls and seconds (2,) by the ball's bearing and by its distance, from `places` (T, 3, B): both, and chasing.
+def by_place(
+    unit: str, values: np.ndarray, edges: tuple[float, ...], chased: np.ndarray, fallen_at: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """Falls and seconds of chase (2,) between each two `edges` of the ball's bearing or distance, `values` (T, B).
 
-    A fall counts where the ball was `_BEFORE_ACTIONS` earlier, if the robot was chasing it then.
+    A fall, at action `fallen_at` (B,) or -1, counts where the ball was `_BEFORE_ACTIONS` earlier, if it was `chased`
+    (T, B) then.
     """
     lanes = np.flatnonzero(fallen_at >= _BEFORE_ACTIONS)
-    then = places[fallen_at[lanes] - _BEFORE_ACTIONS, :, lanes]  # (falls, 3)
+    then = fallen_at[lanes] - _BEFORE_ACTIONS, lanes
     found = []
-    for column, unit, edges in ((0, "deg off", _BEARINGS_DEG), (1, "m away", _DISTANCES_M)):
-        for low, high in zip(edges, edges[1:]):
-            there = (low <= places[:, column]) & (places[:, column] < high) & (places[:, 2] > 0)
-            mine = (low <= then[:, column]) & (then[:, column] < high) & (then[:, 2] > 0)
-            found.append((f"{low:g} to {high:g} {unit}", np.array([mine.sum(), c.ACTION_DT_S * there.sum()])))
+    for low, high in zip(edges, edges[1:]):
+        there = (low <= values) & (values < high) & chased
+        found.append((f"{low:g} to {high:g} {unit}", np.array([there[then].sum(), c.ACTION_DT_S * there.sum()])))
     return found
 
 
