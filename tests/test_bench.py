@@ -3,9 +3,10 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import bench, pairs
+from benchmarks import bench, pairs, target_falls
 from benchmarks.pairs import Line, NotHere
 from booster_soccer import errors
 from booster_soccer.envs import constants as c
@@ -159,3 +160,13 @@ def test_the_competitions_loop_plays_learns_and_starts_anew():
     fell = next(number for number, (*_, ended) in enumerate(rows) if ended)
     assert not (rows[fell + 1][0] == rows[fell][3]).all() and (rows[fell][0] == rows[fell - 1][3]).all()
     loop.close()
+
+
+def test_falls_count_where_the_ball_was_before_them():
+    """Two lanes of 50 actions, chasing from the 10th: one falls at its 45th, one too early to have chased before."""
+    distance_m = np.full((50, 2), 0.5)
+    distance_m[15, 0] = 3.0
+    chased = np.repeat(np.arange(50)[:, None] >= 10, 2, axis=1)
+    rows = target_falls.by_place("m away", distance_m, (0.0, 1.0, 4.0), chased, np.array([45, 35]))
+    assert [name for name, _ in rows] == ["0 to 1 m away", "1 to 4 m away"]
+    np.testing.assert_allclose([counts for _, counts in rows], [[0.0, 79 * 0.02], [1.0, 0.02]])

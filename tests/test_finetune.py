@@ -347,10 +347,13 @@ def test_the_best_in_validation_and_the_last_are_compared_on_other_seeds(monkeyp
 # --- runs ---------------------------------------------------------------------------------------------
 
 
-def test_a_tiny_run_in_the_official_environments(converted, tmp_path, capsys):
+def test_a_tiny_run_in_the_official_environments(converted, tmp_path, capsys, monkeypatch):
     """With its own judge, the twin, from end to end; a finished run is recognised, another is refused."""
     config = replace(SMALL, out=tmp_path / "out", checkpoint=converted.path, from_scratch=False, backend="official")
+    watched, watchdog = [], stage.Watchdog
+    monkeypatch.setattr(stage, "Watchdog", lambda what, limit_s: watched.append(what) or watchdog(what, limit_s))
     path = stage.main(config)
+    assert watched == ["the critics' warm-up", "the comparison at the end"]
     assert capsys.readouterr().out.rstrip().endswith(str(path))
     with pytest.raises(UserError, match="holds a run: give --resume"):
         stage.main(config)
