@@ -134,13 +134,6 @@ def ball_quantities(shot: Ball | None, end: Ball, aim_pos_w: np.ndarray) -> dict
     return {"shot_speed_m_s": speed, "shot_direction_deg": direction, "roll_phase_deg": phase}
 
 
-def aim_pos_w(task: str, imu_pos_w: np.ndarray, target_from_imu_w: np.ndarray) -> np.ndarray:
-    """Where the ball should go (..., 3): the goal's centre where there is neither window nor target."""
-    if task not in c.TARGET_SITE:
-        return np.broadcast_to(c.GOAL_POS_W[0], imu_pos_w.shape)
-    return imu_pos_w + target_from_imu_w
-
-
 class Step(NamedTuple):
     """What one call brought, each with a leading axis of one lane, as of `envs/twin.py`."""
 

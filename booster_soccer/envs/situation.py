@@ -30,6 +30,18 @@ class Situation(NamedTuple):
     action_count: np.ndarray  # (...) int, actions begun since the reset
 
 
+def aim_pos_w(has_aim, target_pos_w, xp):
+    """Where the ball should go (..., 3), m: `target_pos_w` (..., 3) where `has_aim` (...), else the goal's centre."""
+    return xp.where(has_aim[..., None], target_pos_w, xp.asarray(c.GOAL_POS_W[0]))
+
+
+def keeper_motion(time_s, xp):
+    """The keeper's place along y in m and its velocity in m/s, each (...), a time (...) after the reset."""
+    angular_rad_s = 2 * np.pi * c.KEEPER_FREQUENCY_HZ
+    angle_rad = angular_rad_s * time_s
+    return c.KEEPER_AMPLITUDE_M * xp.sin(angle_rad), c.KEEPER_AMPLITUDE_M * angular_rad_s * xp.cos(angle_rad)
+
+
 class Events(NamedTuple):
     """What can end an episode; each (...) bool."""
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.scene import Addresses, addresses, load_mjx_model, sensor_slices
-from booster_soccer.envs.situation import Events, Memory, Situation
+from booster_soccer.envs.situation import Events, Memory, Situation, keeper_motion
 
 
 class View(NamedTuple):
@@ -224,11 +224,8 @@ class Tasks:
     def keeper(self, state: TaskState) -> tuple[jax.Array, jax.Array]:
         """Keeper position y (m) and velocity (m/s) as `info` shows them: at the last step's start."""
         steps = jnp.maximum(state.action_count * c.PHYSICS_STEPS_PER_ACTION - 1, 0)
-        omega = 2 * jnp.pi * c.KEEPER_FREQUENCY_HZ
-        phase = omega * steps * c.PHYSICS_DT_S
-        started = state.action_count > 0  # at reset the keeper stands at the centre, at rest
-        speed = c.KEEPER_AMPLITUDE_M * omega * jnp.cos(phase)
-        return c.KEEPER_AMPLITUDE_M * jnp.sin(phase), jnp.where(started, speed, 0.0)
+        y, speed = keeper_motion(steps * c.PHYSICS_DT_S, jnp)
+        return y, jnp.where(state.action_count > 0, speed, 0.0)  # at reset the keeper stands at the centre, at rest
 
     def info(self, view: View, state: TaskState) -> dict[str, jax.Array]:
         """Every key of the official `info` that describes the physics, same shapes, units and frames."""

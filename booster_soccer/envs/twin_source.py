@@ -9,6 +9,7 @@ from sai_mujoco.utils.v0.rotations import euler2quat
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, scene, twin_physics
+from booster_soccer.envs.situation import keeper_motion
 from booster_soccer.envs.twin_physics import DrivenJoints, Field, Physics, Sensor
 
 ROBOT, BALL = "robot_0:Trunk", "soccer_ball"  # official body names
@@ -33,7 +34,8 @@ class Source(NamedTuple):
         """Lanes of the model."""
         driven = None
         if self.task == "goalie":
-            driven = DrivenJoints(tuple(f"{keeper}_joint" for keeper in KEEPERS), _keeper_motion)
+            joints = tuple(f"{keeper}_joint" for keeper in KEEPERS)
+            driven = DrivenJoints(joints, functools.partial(keeper_motion, xp=np))
         actuators = [f"robot_0:{name}" for name in c.JOINT_NAMES]
         return Physics(self.model, num_lanes, num_threads, _drawn_fields(self.task), actuators, driven)
 
@@ -120,10 +122,3 @@ def _drawn_fields(task: str) -> list[Field]:
     if task in c.TARGET_SITE:
         fields.append(Field("site", c.TARGET_SITE[task], "pos"))
     return fields
-
-
-def _keeper_motion(time_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position in m and velocity in m/s of both keepers' joints, which the official code writes every step."""
-    angle = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * time_s
-    speed = 2 * np.pi * c.KEEPER_FREQUENCY_HZ * c.KEEPER_AMPLITUDE_M * np.cos(angle)
-    return c.KEEPER_AMPLITUDE_M * np.sin(angle), speed

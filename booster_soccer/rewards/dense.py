@@ -16,7 +16,7 @@ import numpy as np
 
 from booster_soccer.envs import constants as c
 from booster_soccer.envs.pd import joint_target_rad, torque_nm
-from booster_soccer.envs.situation import Events, Memory, Situation
+from booster_soccer.envs.situation import Events, Memory, Situation, aim_pos_w, keeper_motion
 from booster_soccer.preprocess.observation import projected_gravity, yaw_rad
 
 
@@ -63,8 +63,7 @@ def _length(vector, xp):
 
 def _aim_from_ball_w(s: Situation, xp):
     """The way (..., 2) of the ball to where it should go: the goal's centre in penalty kicks, else the target."""
-    aim_w = xp.where((s.task == c.TARGET)[..., None], s.target_pos_w, xp.asarray(c.GOAL_POS_W[0]))
-    return (aim_w - s.ball_center_pos_w)[..., :2]
+    return (aim_pos_w(s.task == c.TARGET, s.target_pos_w, xp) - s.ball_center_pos_w)[..., :2]
 
 
 def penalty_shot_value(s: Situation, xp):
@@ -80,7 +79,7 @@ def penalty_shot_value(s: Situation, xp):
     post_margin = c.GOAL_HALF_WIDTH_M - c.GOAL_POST_RADIUS_M - c.BALL_RADIUS_M - xp.abs(y_cross)
     # Goalie: the keeper's place when the ball arrives is known, it is a function of time only.
     arrival_s = s.action_count * c.ACTION_DT_S + time_s
-    keeper_y = c.KEEPER_AMPLITUDE_M * xp.sin(2 * np.pi * c.KEEPER_FREQUENCY_HZ * arrival_s)
+    keeper_y, _ = keeper_motion(arrival_s, xp)
     keeper_margin = xp.abs(y_cross - keeper_y) - c.KEEPER_HALF_WIDTH_LOW_M - c.BALL_RADIUS_M
     inside = _soft(post_margin, 0.1, xp)
     past_keeper = _soft(keeper_margin, 0.1, xp)

@@ -15,7 +15,7 @@ from booster_soccer.cores import usable_cores
 from booster_soccer.envs import constants as c
 from booster_soccer.envs import official, pd, scene, situation
 from booster_soccer.envs.official import Ball
-from booster_soccer.envs.situation import Events, Situation
+from booster_soccer.envs.situation import Events, Situation, aim_pos_w
 from booster_soccer.envs.twin import TwinEnv
 from booster_soccer.errors import UserError
 from booster_soccer.preprocess.submission import Preprocessor
@@ -29,6 +29,11 @@ class Sight(NamedTuple):
     imu_pos_w: np.ndarray  # (B, 3) m
     ball: Ball  # each (B, 3)
     aim_pos_w: np.ndarray  # (B, 3) m: the goal's centre, window or target
+
+
+def _has_aim(tasks: list[str]) -> np.ndarray:
+    """(B,) bool: of lanes with a window or target."""
+    return np.array([task in c.TARGET_SITE for task in tasks])
 
 
 class Outcome(NamedTuple):
@@ -99,8 +104,8 @@ class _PlatformLanes:
 
     def look(self) -> Sight:
         env, imu_pos_w = self.env, self.env.imu_pos_w.copy()
-        aim_pos_w = official.aim_pos_w(self.tasks[0], imu_pos_w, self.info["target_xpos_rel_robot"])
-        return Sight(env.steps.copy(), imu_pos_w, Ball(*(vector_w.copy() for vector_w in env.ball)), aim_pos_w)
+        aim_w = aim_pos_w(_has_aim(self.tasks), imu_pos_w + self.info["target_xpos_rel_robot"], np)
+        return Sight(env.steps.copy(), imu_pos_w, Ball(*(vector_w.copy() for vector_w in env.ball)), aim_w)
 
     def situation(self) -> Situation:
         ball = self.env.ball
@@ -226,10 +231,9 @@ class SceneLanes:
         return self._obs
 
     def look(self) -> Sight:
-        goal = np.array([task not in c.TARGET_SITE for task in self.tasks])[:, None]
-        aim_pos_w = np.where(goal, c.GOAL_POS_W[0], self._state.target_pos_w)
+        aim_w = aim_pos_w(_has_aim(self.tasks), self._state.target_pos_w, np)
         steps = np.asarray(self._state.action_count) * c.PHYSICS_STEPS_PER_ACTION
-        return Sight(steps, self._imu_pos_w.copy(), Ball(*(vector_w.copy() for vector_w in self._ball)), aim_pos_w)
+        return Sight(steps, self._imu_pos_w.copy(), Ball(*(vector_w.copy() for vector_w in self._ball)), aim_w)
 
     def situation(self) -> Situation:
         return self._jax.device_get(self._situation(self._engine.view(), self._state))
