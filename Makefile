@@ -1,4 +1,4 @@
-# make run    sets up everything and runs the chain with the demo preset; PRESET=cpu RUN=DIR choose others
+# make run    sets up everything and runs the chain with the demo preset; PRESET=cpu SEED=1 RUN=DIR choose others
 # make resume goes on with a run that was ended
 # make setup  sets up everything; GPU=1 with JAX for a GPU
 # make check  sets up everything and looks for mistakes: ruff, import contracts, types; 'make fix' repairs what ruff can
@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HALF := $(VENV)/.half
 PRESET ?= demo
+SEED ?= 0
 RUN ?= runs/$(PRESET)
 
 .PHONY: setup run resume check fix test drills bench scene picture score check-pins clean
@@ -48,8 +49,8 @@ $(READY): pyproject.toml constraints.txt $(BIN)/python
 	@touch $@
 
 run resume: setup
-	@$(BIN)/python chain.py --preset $(PRESET) --out "$(RUN)" $(if $(filter resume,$@),--resume) || { status=$$?; \
-	echo "to go on: make resume PRESET=$(PRESET) RUN='$(RUN)'" >&2; exit $$status; }
+	@$(BIN)/python chain.py --preset $(PRESET) --seed $(SEED) --out "$(RUN)" $(if $(filter resume,$@),--resume) || { status=$$?; \
+	echo "to go on: make resume PRESET=$(PRESET) SEED=$(SEED) RUN='$(RUN)'" >&2; exit $$status; }
 
 check: setup
 	$(BIN)/ruff check .

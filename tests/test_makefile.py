@@ -89,11 +89,12 @@ def test_half_an_environment_is_made_anew(checkout):
 
 
 @pytest.mark.parametrize("target", ["run", "resume"])
-def test_a_run_with_a_space_in_its_name(checkout, target):
-    done = make(checkout, target, "RUN=runs/my run", STATUS="143")
+def test_a_run_with_a_seed_and_a_space_in_its_name(checkout, target):
+    done = make(checkout, target, "SEED=3", "RUN=runs/my run", STATUS="143")
     arguments = (checkout / "arguments").read_text().splitlines()
-    assert arguments == ["chain.py", "--preset", "demo", "--out", "runs/my run", *["--resume"] * (target == "resume")]
-    assert "to go on: make resume PRESET=demo RUN='runs/my run'" in done.stderr and done.returncode != 0
+    settings = ["--preset", "demo", "--seed", "3", "--out", "runs/my run"]
+    assert arguments == ["chain.py", *settings, *["--resume"] * (target == "resume")]
+    assert "to go on: make resume PRESET=demo SEED=3 RUN='runs/my run'" in done.stderr and done.returncode != 0
     assert "to go on" not in make(checkout, target).stderr
 
 
