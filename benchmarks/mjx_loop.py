@@ -45,6 +45,7 @@ class Config:
 
     preset: str = "l4"
     num_envs: int | None = None  # None: the preset's
+    buffer_size: int | None = None  # transitions; None: the preset's
     memory_only: bool = False
 
 
@@ -74,12 +75,21 @@ def measure(name: str, program: Callable, arguments: tuple, run: Callable[[Any],
     return Part(name, compile_s, memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9, tuple(times[1:]))
 
 
-def parts(config: Config) -> list[Part]:
-    """Physics, gradient steps, whole loop."""
+def chosen(config: Config) -> train_mjx_sac.Config:
+    """The preset with what was chosen."""
+    if config.preset not in train_mjx_sac.PRESETS:
+        raise errors.UserError(f"--preset {config.preset} is unknown: use one of {', '.join(train_mjx_sac.PRESETS)}")
     preset = train_mjx_sac.PRESETS[config.preset]
-    lanes = preset.collect.num_envs if config.num_envs is None else config.num_envs
-    collect = replace(preset.collect, num_envs=lanes)
-    train_mjx_sac.check(replace(preset, engine="mjx", collect=collect))
+    changes = {"num_envs": config.num_envs, "buffer_size": config.buffer_size}
+    collect = replace(preset.collect, **{name: value for name, value in changes.items() if value is not None})
+    preset = replace(preset, engine="mjx", collect=collect)
+    train_mjx_sac.check(preset)
+    return preset
+
+
+def parts(preset: train_mjx_sac.Config, memory_only: bool) -> list[Part]:
+    """Physics, gradient steps, whole loop."""
+    collect = preset.collect
     learner = Sac(preset.sac)
     state = learner.init(jax.random.key(0))
     loop = MjxLoop(collect, learner, Tasks(), 0, state)
@@ -107,7 +117,7 @@ def parts(config: Config) -> list[Part]:
         return call
 
     def ready(run):
-        return None if config.memory_only else run
+        return None if memory_only else run
 
     step = jax.jit(lambda lanes, target: loop.engine.step(lanes, target)[0])
     learn = jax.jit(learner.update_many)
@@ -119,10 +129,11 @@ def parts(config: Config) -> list[Part]:
     ]  # fmt: skip
 
 
-def print_table(config: Config, measured: list[Part], num_envs: int) -> None:
+def print_table(preset: train_mjx_sac.Config, measured: list[Part]) -> None:
     """The table, and what it says."""
-    device = jax.devices()[0].device_kind
-    table = Table(title=f"{config.preset}, {num_envs} lanes, {device}; ms for one action in every lane")
+    collect, device = preset.collect, jax.devices()[0].device_kind
+    size = f"{collect.num_envs} lanes, buffer {collect.buffer_size:,}"
+    table = Table(title=f"{preset.preset}, {size}, {device}; ms for one action in every lane")
     for name in ("part", "min", "median", "max", "compile s", "held GB", "needed GB"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in measured:
@@ -133,17 +144,16 @@ def print_table(config: Config, measured: list[Part], num_envs: int) -> None:
     if all(part.action_ms for part in measured):
         physics, learning, whole = (median(part.action_ms) for part in measured)
         console.print(
-            f"{num_envs / whole * 1e3:,.0f} actions/s; bare physics / (whole loop - gradient steps) = "
+            f"{collect.num_envs / whole * 1e3:,.0f} actions/s; bare physics / (whole loop - gradient steps) = "
             f"{physics / (whole - learning):.2f}"
         )
 
 
 def main(config: Config) -> list[Part]:
     """Measure and print."""
-    if config.preset not in train_mjx_sac.PRESETS:
-        raise errors.UserError(f"--preset {config.preset} is unknown: use one of {', '.join(train_mjx_sac.PRESETS)}")
-    measured = parts(config)
-    print_table(config, measured, config.num_envs or train_mjx_sac.PRESETS[config.preset].collect.num_envs)
+    preset = chosen(config)
+    measured = parts(preset, config.memory_only)
+    print_table(preset, measured)
     return measured
 
 

@@ -159,7 +159,8 @@ def test_with_a_new_buffer_the_ramp_and_the_draws_go_on(loops, engine):
     assert loop.replay.added == 0 and set(np.asarray(loop.lanes.task_state.task)) == {c.TARGET}
     seen = np.array(loop.lanes.critic_obs)
     if engine == "mjx":
-        loop.carry = loop.carry._replace(buffer=jax.tree.map(lambda rows: rows * np.nan, loop.carry.buffer))
+        buffer = jax.tree.map(lambda rows: rows * np.nan, loop.carry.buffer)
+        loop.carry = loop.carry._replace(buffer=buffer._replace(truncated=loop.carry.buffer.truncated))
     else:
         for rows in loop.replay.arrays.values():
             rows[:] = np.nan

@@ -17,31 +17,31 @@ import pytest
 import train_mjx_sac as train
 from booster_soccer.agents.sac import Batch
 from booster_soccer.errors import UserError
-from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, sample
+from booster_soccer.rollout.device_replay import DeviceReplay, Ring
 from tests.small_pretraining import COLLECT, config
 
 ROOT = Path(__file__).parents[1]
-SMALL = CollectConfig(num_envs=8, batch_size=6, updates_per_iteration=5)
+REPLAY = DeviceReplay(rows=10, lanes=8, devices=1, max_actions=4)
 _FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 
 
-def numbered(rows: int) -> Batch:
-    """A buffer (T, 8) whose rewards are the numbers of its rows."""
-    number = jnp.arange(rows * 8, dtype=jnp.float32).reshape(rows, 8)
-    return Batch(**{name: jnp.multiply.outer(number, jnp.ones(shape)) for name, shape in ROW_SHAPES.items()})
+def numbered() -> Ring:
+    """A ring (10, 8) whose rewards are the numbers of its rows."""
+    return REPLAY.empty()._replace(reward=jnp.arange(80, dtype=jnp.float32).reshape(10, 8))
+
+
+def draw(replay: DeviceReplay, updates: int) -> Batch:
+    """Batches of six after four iterations."""
+    return replay.sample(numbered(), jnp.int32(4), jax.random.key(3), updates, 6)
 
 
 def test_one_device_draws_among_all_rows():
-    key = jax.random.key(3)
-    drawn = sample(SMALL, numbered(10), jnp.int32(4), key)
-    expected = jax.random.randint(key, (5, 6), 0, 4 * 8)
-    np.testing.assert_array_equal(drawn.reward, expected)
-    np.testing.assert_array_equal(drawn.critic_obs, np.broadcast_to(expected[..., None], drawn.critic_obs.shape))
+    expected = jax.random.randint(jax.random.key(3), (5, 6), 0, 4 * 8)
+    np.testing.assert_array_equal(draw(REPLAY, 5).reward, expected)
 
 
 def test_each_device_draws_from_its_own_lanes():
-    many = replace(SMALL, devices=2, updates_per_iteration=100)
-    reward = np.asarray(sample(many, numbered(10), jnp.int32(4), jax.random.key(3)).reward)
+    reward = np.asarray(draw(replace(REPLAY, devices=2), 100).reward)
     lanes = [set(part.ravel() % 8) for part in np.split(reward, 2, axis=1)]
     assert lanes == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     assert set(reward.ravel()) == set(range(32))
@@ -50,27 +50,28 @@ def test_each_device_draws_from_its_own_lanes():
 _PROGRAM = """
 import jax, numpy as np
 import jax.numpy as jnp
-from dataclasses import replace
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from booster_soccer.agents.sac import Batch, Sac
-from booster_soccer.rollout.collect import ROW_SHAPES, CollectConfig, sample
+from booster_soccer.agents.sac import Sac
+from booster_soccer.rollout.device_replay import DeviceReplay
 from tests.small_pretraining import LEARNER
 
 rng = np.random.default_rng(0)
 mesh = jax.make_mesh((2,), ("lanes",), (AxisType.Auto,))
 whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "lanes"))
-config = CollectConfig(num_envs=8, batch_size=32, updates_per_iteration=3, devices=2)
-buffer = Batch(**{name: rng.normal(size=(10, 8, *shape)).astype(np.float32) for name, shape in ROW_SHAPES.items()})
+replay = DeviceReplay(rows=10, lanes=8, devices=2, max_actions=4)
+ring = jax.tree.map(lambda zeros: rng.normal(size=zeros.shape).astype(np.float32), replay.empty())
+ring = ring._replace(truncated=ring.truncated > 0.0)
+sample = lambda ring, key: replay.sample(ring, jnp.int32(25), key, 3, 32)
 learner = Sac(LEARNER)
 state = learner.init(jax.random.key(0))
 
-def learn(state, buffer):
-    batches = sample(config, buffer, jnp.int32(10), jax.random.key(1))
+def learn(state, ring):
+    batches = sample(ring, jax.random.key(1))
     return learner.update_many(state, batches, jnp.float32(0.5)), batches
 
-(one, metrics), drawn = jax.jit(learn)(state, buffer)
+(one, metrics), drawn = jax.jit(learn)(state, ring)
 split = jax.jit(learn, in_shardings=(whole, rows))
-(two, metrics_of_two), drawn_by_two = split(state, buffer)
+(two, metrics_of_two), drawn_by_two = split(state, ring)
 jax.tree.map(np.testing.assert_array_equal, drawn, drawn_by_two)
 close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 jax.tree.map(close, metrics, metrics_of_two)
@@ -79,14 +80,14 @@ moved = np.abs(np.asarray(two.actor["output"]["kernel"]) - np.asarray(state.acto
 assert moved > 1e-4, moved
 
 # Drawing brings nothing from one device to the other, an update its gradients.
-draw = jax.jit(lambda buffer, key: sample(config, buffer, jnp.int32(10), key), in_shardings=(rows, whole))
-program = draw.lower(buffer, jax.random.key(1)).compile()
+draw = jax.jit(sample, in_shardings=(rows, whole))
+program = draw.lower(ring, jax.random.key(1)).compile()
 text = program.as_text()
 assert "num_partitions=2" in text
 assert all(sharding.spec[1] == "lanes" for sharding in program.output_shardings), program.output_shardings
 for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
     assert word not in text, word
-assert "all-reduce" in split.lower(state, buffer).compile().as_text()
+assert "all-reduce" in split.lower(state, ring).compile().as_text()
 """
 
 

@@ -27,6 +27,7 @@ from booster_soccer.errors import More, UserError
 from booster_soccer.preprocess.observation import OBS_SIZE
 from booster_soccer.preprocess.privileged import CRITIC_OBS_SIZE
 from booster_soccer.rewards.dense import DenseWeights
+from booster_soccer.rollout.device_replay import DeviceReplay, Ring, SavedRows
 from booster_soccer.rollout.episode import Outcome, advance, critic_observation
 from booster_soccer.store.replay import Replay
 
@@ -304,40 +305,9 @@ class MjxCarry(NamedTuple):
 
     physics: Any  # MjxState, whose module is slow to import
     lanes: Lanes
-    buffer: Batch  # (T, B, ...) of the last T iterations
+    buffer: Ring
     count: jax.Array  # () iterations
     first: jax.Array  # () those before the buffer's first row: 0, unless the run went on with a new buffer
-
-
-class DeviceReplay:
-    """The rows of a ring on the device, as `Segments.write` reads them."""
-
-    def __init__(self, buffer: Batch, added: int):
-        self._buffer = buffer
-        self.added = added
-        self.capacity = buffer.reward.size
-
-    def __len__(self) -> int:
-        return min(self.added, self.capacity)
-
-    def rows(self, first: int, last: int) -> dict[str, np.ndarray]:
-        """Rows [first, last), counted since the start."""
-        where = np.divmod(np.arange(first, last) % self.capacity, self._buffer.reward.shape[1])
-        return {name: np.asarray(values[where]) for name, values in self._buffer._asdict().items()}
-
-
-def sample(config: CollectConfig, buffer: Batch, filled: jax.Array, key: jax.Array) -> Batch:
-    """Batches (updates, batch, ...) of the first `filled` rows (T, B, ...); a device's part is of its own lanes."""
-    devices, lanes = config.devices, config.num_envs // config.devices
-    shape = (config.updates_per_iteration, config.batch_size)
-    index = jax.random.randint(key, shape, 0, filled * lanes).reshape(shape[0], devices, -1)
-
-    def drawn(rows: jax.Array) -> jax.Array:
-        parts = rows.reshape(len(rows), devices, lanes, *rows.shape[2:])
-        of_devices = jax.vmap(lambda part, i: part[jnp.divmod(i, lanes)], in_axes=1, out_axes=1)(parts, index)
-        return of_devices.reshape(*shape, *rows.shape[2:])
-
-    return jax.tree.map(drawn, buffer)
 
 
 class MjxLoop:
@@ -354,12 +324,13 @@ class MjxLoop:
         self.config, self.sac = config, sac
         self.engine = MjxEngine(config.num_envs, config.dr_level, seed)
         self.body = Iteration(config, sac, tasks, seed)
-        self.shape = (config.buffer_size // config.num_envs, config.num_envs)  # of the buffer, (T, B)
+        rows = config.buffer_size // config.num_envs
+        self._replay = DeviceReplay(rows, config.num_envs, config.devices, config.max_actions)
         self._sample_key = jax.random.key(seed)
         self._rng = np.random.default_rng(seed)
         mesh = jax.make_mesh((config.devices,), ("lanes",), (AxisType.Auto,), devices=jax.devices()[: config.devices])
-        whole, lanes, rows = (NamedSharding(mesh, spec) for spec in (P(), P("lanes"), P(None, "lanes")))
-        self._places = (whole, MjxCarry(lanes, lanes, rows, whole, whole))  # of the learner and the carry
+        whole, lanes, ring = (NamedSharding(mesh, spec) for spec in (P(), P("lanes"), P(None, "lanes")))
+        self._places = (whole, MjxCarry(lanes, lanes, ring, whole, whole))  # of the learner and the carry
         self._flags = jax.device_put((False, True), whole)  # there already
         self._run = jax.jit(self._iterations, donate_argnums=(0, 1), out_shardings=(*self._places, whole, whole))
         self._begin, self._observe = jax.jit(self._start), jax.jit(self.body.observe)
@@ -370,8 +341,7 @@ class MjxLoop:
         physics, task_state, view = self._begin(count)
         seen = self._observe(state, view, task_state, count)
         cuts = jnp.asarray(first_cuts(self.config, self._rng))
-        rows = self._places[1].buffer
-        buffer = Batch(**{name: jnp.zeros((*self.shape, *row), device=rows) for name, row in ROW_SHAPES.items()})
+        buffer = self._replay.empty(self._places[1].buffer)
         self.carry = MjxCarry(physics, Lanes(task_state, seen, cuts), buffer, jnp.int32(count), jnp.int32(count))
 
     def _start(self, count: jax.Array):
@@ -390,14 +360,15 @@ class MjxLoop:
         before = state  # all noise of an iteration is of one normaliser
         view = self.engine.view(physics, touched)
         state, lanes, done, rows, sums = body.after(before, carry.lanes, view, action, count)
-        row = (carry.count - carry.first) % self.shape[0]
-        buffer = jax.tree.map(lambda b, x: jax.lax.dynamic_update_index_in_dim(b, x, row, 0), carry.buffer, rows)
         fresh, task_state, view = self._start(count)
         physics = select_lanes(done, fresh, physics)
         lanes = body.restart(before, lanes, done, task_state, view, count)
 
-        filled, key = jnp.minimum(count - carry.first, self.shape[0]), jax.random.fold_in(self._sample_key, count)
-        batches, ramp = sample(self.config, buffer, filled, key), body.ramp(count)
+        added, truncated = carry.count - carry.first, done & (rows.terminated == 0.0)
+        buffer = self._replay.add(carry.buffer, added, rows, truncated, lanes.critic_obs)
+        config, key = self.config, jax.random.fold_in(self._sample_key, count)
+        batches = self._replay.sample(buffer, added + 1, key, config.updates_per_iteration, config.batch_size)
+        ramp = body.ramp(count)
         # One compiled program for both phases: the physics is most of what there is to compile.
         _, shapes = jax.eval_shape(self.sac.update_many, state, batches, ramp)
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -427,9 +398,9 @@ class MjxLoop:
         return state, metrics
 
     @property
-    def replay(self) -> DeviceReplay:
+    def replay(self) -> SavedRows:
         """The buffer, for saving."""
-        return DeviceReplay(self.carry.buffer, int(self.carry.count - self.carry.first) * self.config.num_envs)
+        return SavedRows(self._replay, self.carry.buffer, int(self.carry.count - self.carry.first))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that later iterations depend on besides the learner and the buffer's rows."""
@@ -440,8 +411,7 @@ class MjxLoop:
         """Go on from what `arrays` gave on a loop of the same settings, with the buffer as it was."""
         check_like(arrays, self.arrays(), "the saved state of the lanes")
         saved = {name: jnp.array(values) for name, values in named(arrays, "physics.").items()}
-        buffer = Batch(**{name: jnp.array(rows.reshape(*self.shape, *ROW_SHAPES[name]))
-                          for name, rows in replay.arrays.items()})  # fmt: skip
+        buffer = self._replay.refilled(replay.arrays, replay.added // self.config.num_envs, arrays["critic_obs"])
         count = jnp.asarray(arrays["count"])
         physics = self.carry.physics._replace(**saved)
         self.carry = MjxCarry(physics, lanes_from(arrays), buffer, count, jnp.zeros_like(count))
