@@ -55,7 +55,7 @@ from booster_soccer.rewards.annealing import anneal
 from booster_soccer.rewards.dense import DenseWeights
 from booster_soccer.rollout.judge import Scores, best_or_last, gain, judge
 from booster_soccer.rollout.play import episode_seed
-from booster_soccer.rollout.rounds import Round, Statistics, explained_variance
+from booster_soccer.rollout.rounds import Round, RoundStatistics, explained_variance
 from booster_soccer.rollout.workers import WorkerLanes, check_num_lanes
 from booster_soccer.store import checkpoints
 from booster_soccer.store.atomic import beside
@@ -155,7 +155,7 @@ class Finetuning:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.rng = np.random.default_rng(config.seed)
         self.round = Round(config.round_actions, config.num_lanes)
-        self.statistics = Statistics({})
+        self.statistics = RoundStatistics({})
         self.learner: Ddpg
         self.critic_obs: np.ndarray  # (lanes, 109) what comes next
         self.loss = 0.0
@@ -386,7 +386,7 @@ class Finetuning:
         with _as_user_error(what):
             self.learner = Ddpg.restore(self.config.ddpg, saved.arrays, learner, self.device)
         self.round.restore(checkpoints.load_extra(saved, "round"), what)
-        self.statistics = Statistics(statistics)
+        self.statistics = RoundStatistics(statistics)
         restore_rng(self.rng, lanes["rng"])
         self.critic_obs = self.lanes.restore({name: lanes[name] for name in lanes.keys() - now.keys()})
         if not np.array_equal(self.critic_obs, lanes["critic_obs"]):

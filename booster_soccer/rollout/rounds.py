@@ -11,7 +11,7 @@ _SHAPES = {"critic_obs": (CRITIC_OBS_SIZE,), "mean": (c.NUM_JOINTS,), "noise": (
            "score": (), "next_critic_obs": (CRITIC_OBS_SIZE,), "terminated": (), "ended": ()}  # fmt: skip
 
 
-class Statistics:
+class RoundStatistics:
     """Means since the last line of the log."""
 
     def __init__(self, state: dict[str, np.ndarray]):
