@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 PYTORCH_SCRIPTS = ("finetune_ddpg", "submit", "evaluate", "play")
-# Worker processes import theirs without the script that started them. These three are of the stage in JAX.
-JAX_ROLLOUT = {"collect", "engines", "episode"}
+# Worker processes import theirs without the script that started them. These are of the stage in JAX.
+JAX_ROLLOUT = {"collect", "device_replay", "engines", "episode"}
 ROLLOUT = {path.stem for path in (ROOT / "booster_soccer/rollout").glob("*.py")} - {"__init__"}
 
 
