@@ -84,7 +84,7 @@ class Config:
     preset: str  # demo, cpu, l4, h200 or scratch
     checkpoint: Path | None = None  # "converted" or "finetuned" checkpoint to start from
     from_scratch: bool = False  # start from random networks instead: the preset scratch
-    total_steps: int = 3_000_000  # without the warm-up; the reward goes over to the official score along them
+    total_steps: int = 4_000_000  # without the warm-up; the reward goes over to the official score along them
     num_lanes: int = 192  # a multiple of three; with the official backend each is a process
     round_actions: int = 80  # of each lane between two updates of the learner
     warmup_rounds: int = 10  # of the frozen policy at most, for the critics; 0: they stay as they came
@@ -103,7 +103,7 @@ class Config:
     resume: bool = False  # go on from <out>.resume, if it is there
 
 
-# Measured: `cpu` (docs/results.md). `l4` is `cpu` with videos: its lanes are played on the node's CPU cores.
+# Measured: `cpu` (docs/results.md; o4). `l4` is `cpu` with videos: its lanes are played on the node's CPU cores.
 _CPU = Config(out=Path("runs/cpu/finetuned"), preset="cpu")
 _L4 = replace(_CPU, out=Path("runs/l4/finetuned"), preset="l4", records=replace(_CPU.records, video_every_s=600.0))
 PRESETS = {
@@ -113,7 +113,7 @@ PRESETS = {
         records=RecordConfig(log_every=25_000, judge_every=125_000)),
     "cpu": _CPU,
     "l4": _L4,
-    "h200": replace(_L4, out=Path("runs/h200/finetuned"), preset="h200", total_steps=6_000_000, num_lanes=384),
+    "h200": replace(_L4, out=Path("runs/h200/finetuned"), preset="h200", total_steps=8_000_000, num_lanes=384),
     # There is nothing to protect: no freezing, wide noise, long steps.
     "scratch": replace(
         _CPU, out=Path("runs/scratch/finetuned"), preset="scratch", from_scratch=True, warmup_rounds=1,
