@@ -33,7 +33,7 @@ def test_the_ramp_and_fine_tuning_have_the_same_share(preset):
     pretraining, finetuning = train_mjx_sac.PRESETS[preset], finetune_ddpg.PRESETS[preset]
     first, last = pretraining.collect.ramp_steps
     assert (first / pretraining.total_steps, last / pretraining.total_steps) == (0.4, 1.0)
-    assert finetuning.total_steps / pretraining.total_steps == 0.4  # 27 to 30 % of the time
+    assert finetuning.total_steps / pretraining.total_steps == 0.4  # 27 to 30 % of the time of `cpu`
 
 
 def test_the_demo_ends_before_the_ramp():
