@@ -87,8 +87,8 @@ class Config:
     judge_episodes: int = 32  # per task
     seed: int = 0  # of networks, starts and noise
     resume: bool = False  # go on from <out>.resume, if it is there
-    # Whether the buffer and the lanes are saved too, or start afresh with the restored policy: a GPU's buffer is
-    # gigabytes, filled again in seconds.
+    # Whether the buffer and the lanes are saved too, or start afresh with the restored policy, on the other engine if
+    # you like: a GPU's buffer is gigabytes, filled again in seconds.
     resume_buffer: Literal["saved", "refill"] = "saved"
     init: Path | None = None  # start from another run's pre-trained checkpoint (networks and normaliser)
     teachers: tuple[Path, ...] = ()  # whom to imitate at first: a pre-trained checkpoint for each of the three tasks
@@ -347,7 +347,10 @@ def main(config: Config) -> Path:
     teachers = [checkpoints.load(path, ("pretrained",)) for path in config.teachers]
     parents = ([] if init is None else [init]) + teachers
     steps_before = 0 if init is None else init.manifest["steps"]
-    run = Run(config.out, "pretrained", config, parents, ("init", "teachers", "track", "devices"), steps_before)
+    free = {"init", "teachers", "track", "devices"}
+    if config.resume_buffer == "refill":
+        free.add("engine")  # nothing of an engine's is taken up
+    run = Run(config.out, "pretrained", config, parents, free, steps_before)
     if config.resume and run.is_finished():
         print(config.out)
         return config.out

@@ -29,7 +29,7 @@ from booster_soccer.store import checkpoints
 _COMPETITION_STEPS = 2_000  # physics steps of the competition's loop in one measurement
 _TRACE_STEPS = 500  # physics steps whose observations the submitted policy is asked about
 _ROOT = Path(__file__).resolve().parents[1]
-RUNS = (_ROOT / "assets/training/o1.metrics.jsonl", _ROOT / "assets/policies/pretrained.metrics.jsonl")
+RUNS = (_ROOT / "assets/policies/pretrained.metrics.jsonl", _ROOT / "assets/training/m1.metrics.jsonl")
 GOALS = {4.0: "15 min", 8.0: "35 min"}  # score: wall time to reach
 
 

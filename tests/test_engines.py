@@ -68,6 +68,19 @@ def test_the_faster_engine_is_taken_and_kept_by_the_run(tmp_path, monkeypatch, c
     assert longer.manifest["metrics"]["steps"] == 8 * LANES
 
 
+@pytest.mark.parametrize("buffer", ["saved", "refill"])
+@pytest.mark.usefixtures("gpu")
+def test_a_run_goes_on_with_another_engine_if_its_buffer_is_a_new_one(tmp_path, buffer):
+    settings = config(tmp_path / "run", engine="mjx", total_steps=5 * LANES, resume_buffer=buffer)
+    first = train.main(settings)
+    other = replace(settings, engine="native", resume=True)
+    if buffer == "refill":
+        assert train.main(other) == first
+    else:
+        with pytest.raises(checkpoints.WrongRun, match="was run with engine = mjx, not native"):
+            train.main(other)
+
+
 def test_timing_leaves_no_trace_in_what_is_learned(tmp_path, monkeypatch):
     """Both engines are native here: timed with updates, then gone, and the run has the bits of one not timed."""
     monkeypatch.setattr(engines, "_TIMED_S", 0.01)
