@@ -91,7 +91,7 @@ def test_another_policy_stops_the_command_with_a_line_for_each_failure(pretraine
         "--converted",
         str(perturbed.path),
     ]
-    command += ["--states", "100", "--episodes", "1", "--behaviour-episodes", "2"]
+    command += ["--states", "100", "--episodes", "2", "--behaviour-episodes", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     failures = [line for line in result.stderr.splitlines() if line.startswith("failed:")]
