@@ -97,7 +97,7 @@ class Config:
 
 # One recipe at four sizes: a gradient step of 512 for every 32 transitions, the ramp at the same share of the run
 # (`demo` ends before). Half as many steps of twice the batch learn more slowly (docs/experiments.md, la and lb).
-# Measured: `cpu`, and `l4` on an H100 (docs/results.md); `h200` has not been measured.
+# Measured: `cpu`, and `l4` on an H100 with another observation (docs/results.md); `h200` has not been measured.
 _CPU = Config(out=Path("runs/cpu/pretrain"), preset="cpu", engine="native", total_steps=10_000_000)
 _L4 = Config(
     out=Path("runs/l4/pretrain"),

@@ -127,7 +127,7 @@ def test_every_script_of_a_command_exists(document):
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh-TW.md"])
 def test_what_the_readme_says_lies_in_assets_is_there(name):
-    """The table names runs, not paths: their states and metrics, and nothing else, lie in `assets/training`."""
+    """The table names runs, not paths: their metrics, and nothing else, lie in `assets/training`."""
     (row,) = (line for line in (ROOT / name).read_text().splitlines() if line.startswith("| `assets/training/`"))
     there = {path.name.split(".")[0] for path in (ROOT / "assets/training").iterdir()}
     assert there == set(re.findall(r"(?<![A-Za-z`])[a-z]\d(?!\d)", row))

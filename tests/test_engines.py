@@ -70,12 +70,16 @@ def test_the_faster_engine_is_taken_and_kept_by_the_run(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("buffer", ["saved", "refill"])
 @pytest.mark.usefixtures("gpu")
-def test_a_run_goes_on_with_another_engine_if_its_buffer_is_a_new_one(tmp_path, buffer):
-    settings = config(tmp_path / "run", engine="mjx", total_steps=5 * LANES, resume_buffer=buffer)
-    first = train.main(settings)
-    other = replace(settings, engine="native", resume=True)
+def test_a_run_goes_on_with_another_engine_if_its_buffer_is_a_new_one(tmp_path, capsys, buffer):
+    settings = config(tmp_path / "run", engine="mjx", total_steps=5 * LANES, resume_buffer=buffer,
+                      records=replace(RECORDS, keep_state=True, checkpoint_every=LANES))  # fmt: skip
+    train.main(settings)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    other = replace(settings, engine="native", resume=True, total_steps=8 * LANES)
     if buffer == "refill":
-        assert train.main(other) == first
+        longer = checkpoints.load(train.main(other))
+        assert f"resuming at step {5 * LANES} with a new replay buffer" in capsys.readouterr().out
+        assert longer.manifest["config"]["engine"] == "native" and longer.manifest["metrics"]["steps"] == 8 * LANES
     else:
         with pytest.raises(checkpoints.WrongRun, match="was run with engine = mjx, not native"):
             train.main(other)
