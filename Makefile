@@ -63,7 +63,7 @@ fix: setup
 	$(BIN)/ruff format .
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 drills: export BOOSTER_TRACK = none
 drills: setup
